@@ -1,0 +1,129 @@
+//! Where a host agent listens.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// The address of a host agent: `tcp://host:port` (or `http://host:port`), or `unix:/path`.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
+#[serde(try_from = "String")]
+pub enum Endpoint {
+    /// A TCP port, in plaintext.
+    Tcp {
+        /// A name, an IPv4 address, or an IPv6 address without its brackets.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+    /// A Unix socket.
+    Unix(PathBuf),
+}
+
+/// Why an endpoint was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EndpointError {
+    /// Not a scheme that a host agent listens on.
+    #[error("`{given}` is not an endpoint; write tcp://HOST:PORT or unix:/PATH")]
+    Scheme {
+        /// What was given.
+        given: String,
+    },
+    /// No host, or no port.
+    #[error("`{given}` has no HOST:PORT behind its scheme; write for example tcp://127.0.0.1:7400")]
+    HostPort {
+        /// What was given.
+        given: String,
+    },
+    /// Not an absolute path.
+    #[error("`{given}` has no absolute path; write for example unix:/run/shootdown/device.sock")]
+    Path {
+        /// What was given.
+        given: String,
+    },
+}
+
+impl Endpoint {
+    /// Whether what is sent there can be read on no network: a Unix socket or a loopback address. A
+    /// name other than `localhost` may resolve to anything, and is not.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Unix(_) => true,
+            Self::Tcp { host, .. } => {
+                host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+            }
+        }
+    }
+}
+
+impl FromStr for Endpoint {
+    type Err = EndpointError;
+
+    fn from_str(given: &str) -> Result<Self, EndpointError> {
+        if let Some(path) = given.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            if !path.starts_with('/') {
+                return Err(EndpointError::Path { given: given.to_owned() });
+            }
+            return Ok(Self::Unix(path.into()));
+        }
+        let Some(authority) = given.strip_prefix("tcp://").or_else(|| given.strip_prefix("http://")) else {
+            return Err(EndpointError::Scheme { given: given.to_owned() });
+        };
+        let no_host_port = || EndpointError::HostPort { given: given.to_owned() };
+        let (host, port) = authority.trim_end_matches('/').rsplit_once(':').ok_or_else(no_host_port)?;
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        if host.is_empty() || host.contains(['/', '@', '?', '#', ' ']) {
+            return Err(no_host_port());
+        }
+        let port = port.parse().map_err(|_| no_host_port())?;
+        Ok(Self::Tcp { host: host.to_owned(), port })
+    }
+}
+
+impl TryFrom<String> for Endpoint {
+    type Error = EndpointError;
+
+    fn try_from(given: String) -> Result<Self, EndpointError> {
+        given.parse()
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
+            Self::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_is_read_back_as_it_is_written() {
+        for given in ["tcp://host-7:7400", "tcp://[::1]:7400", "unix:/run/shootdown/device.sock"] {
+            assert_eq!(given.parse::<Endpoint>().unwrap().to_string(), given);
+        }
+        assert_eq!("http://a:1".parse::<Endpoint>().unwrap().to_string(), "tcp://a:1");
+        assert_eq!("unix:///a/b".parse::<Endpoint>().unwrap().to_string(), "unix:/a/b");
+    }
+
+    #[test]
+    fn what_is_no_endpoint_is_refused() {
+        for given in ["", "host:1", "https://host:1", "tcp://host", "tcp://:1", "tcp://h:99999", "unix:", "unix:a"] {
+            assert!(given.parse::<Endpoint>().is_err(), "{given}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_not_taken_for_local() {
+        let local = |given: &str| given.parse::<Endpoint>().unwrap().is_local();
+        assert!(local("unix:/a") && local("tcp://127.0.0.1:1") && local("tcp://[::1]:1") && local("tcp://localhost:1"));
+        assert!(!local("tcp://localhost.example:1") && !local("tcp://10.0.0.1:1") && !local("tcp://0.0.0.0:1"));
+    }
+}

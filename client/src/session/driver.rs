@@ -1,0 +1,302 @@
+//! [4 of 9] The one task that reads a session's stream, and the owner of all its other tasks.
+//!
+//! Its loop is: take the next thing that happens, apply it. Nothing in it waits for a flush, so that the
+//! stream is always drained: h2 closes connections with many small unread frames.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use shootdown_core::{Moment, Notice, Scope};
+use shootdown_proto::message::{Grant, HostSays, SessionError};
+use shootdown_proto::v1;
+use tokio::sync::Semaphore;
+use tokio::task::{JoinError, JoinSet};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::connection::TransportError;
+use crate::fault::{self, Granted};
+use crate::session::end::{AllFlushed, EndCause, SessionEnd, Violation};
+use crate::session::flush::{AnyTlb, Flush};
+use crate::session::requests::{FaultRefused, Pending, Reply, SubscribedAt};
+use crate::session::{Session, Tell, heartbeat};
+use crate::subscription::Unclaimed;
+use crate::tlb::FlushAllCause;
+
+/// How long the host agent may take to close the stream after Leave. It costs nothing but time: the
+/// device holds nothing by then.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+
+pub(crate) struct Driver {
+    session: Arc<Session>,
+    tlb: Arc<dyn AnyTlb>,
+    inbound: tonic::Streaming<v1::SessionResponse>,
+    /// Flushes that were not ready at once; at most the window.
+    flushes: JoinSet<()>,
+    permits: Arc<Semaphore>,
+    tell: Tell,
+}
+
+/// What can happen.
+enum Next {
+    Closing,
+    FlushEnded(Result<(), JoinError>),
+    Said(Result<Option<v1::SessionResponse>, tonic::Status>),
+}
+
+/// Whether the loop goes on.
+enum Goes {
+    On,
+    Closing,
+}
+
+/// Whether anything can still come or go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Line {
+    Up,
+    Down,
+}
+
+/// Fails closed when the driver's task is dropped with its runtime, or panics.
+struct CloseOnDrop(Arc<Session>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close(EndCause::RuntimeStopped);
+        self.0.gate.end();
+    }
+}
+
+impl Driver {
+    pub(crate) fn start(
+        session: Arc<Session>,
+        tlb: Arc<dyn AnyTlb>,
+        inbound: tonic::Streaming<v1::SessionResponse>,
+        tell: Tell,
+    ) {
+        let permits = Arc::new(Semaphore::new(session.config.parallel_flushes));
+        let driver = Self { session, tlb, inbound, flushes: JoinSet::new(), permits, tell };
+        // Stopped by `Session::close`, awaited through `Session::ended`.
+        tokio::spawn(driver.run());
+    }
+
+    async fn run(mut self) {
+        let guard = CloseOnDrop(Arc::clone(&self.session));
+        let heartbeat = AbortOnDropHandle::new(tokio::spawn(heartbeat::keep_lease(Arc::clone(&self.session))));
+        let line = loop {
+            let next = self.next().await;
+            let lost = matches!(next, Next::Said(Ok(None) | Err(_)));
+            match self.apply(next) {
+                Ok(Goes::On) => {}
+                Ok(Goes::Closing) => break Line::Up,
+                Err(cause) => {
+                    self.session.close(cause);
+                    break if lost { Line::Down } else { Line::Up };
+                }
+            }
+        };
+        let end = self.finish(line).await;
+        drop((heartbeat, guard));
+        tracing::info!(session = %self.session.welcome.session, cause = %end.cause, "session ended");
+        self.tell.ended.send_replace(Some(end));
+    }
+
+    async fn next(&mut self) -> Next {
+        tokio::select! {
+            // Closing goes first: what comes later must not be applied. Then flushes that ended, because
+            // one that panicked must stop the session before another notice is acked. Both are bounded,
+            // so the stream's turn comes.
+            biased;
+            () = self.session.closing.cancelled() => Next::Closing,
+            Some(ended) = self.flushes.join_next() => Next::FlushEnded(ended),
+            said = self.inbound.message() => Next::Said(said),
+        }
+    }
+
+    fn apply(&mut self, next: Next) -> Result<Goes, EndCause> {
+        match next {
+            Next::Closing => return Ok(Goes::Closing),
+            Next::FlushEnded(Ok(())) => {}
+            Next::FlushEnded(Err(_)) => return Err(EndCause::FlushPanicked),
+            Next::Said(Ok(Some(wire))) => {
+                self.on_said(HostSays::try_from(wire).map_err(EndCause::Malformed)?)?;
+            }
+            Next::Said(Ok(None)) => return Err(EndCause::Closed),
+            Next::Said(Err(status)) => return Err(EndCause::Transport(TransportError::of_status(&status))),
+        }
+        Ok(Goes::On)
+    }
+
+    fn on_said(&mut self, says: HostSays) -> Result<(), EndCause> {
+        match says {
+            HostSays::Notices(notices) => self.on_notices(notices),
+            HostSays::Grant(grant) => self.on_grant(grant),
+            HostSays::LeaseRenewed { request, lease } => {
+                if let Some(sent) = self.session.outgoing.heartbeat_sent(request) {
+                    self.session.gate.on_granted(sent, lease);
+                }
+                Ok(())
+            }
+            HostSays::Subscribed { request, subscription, seq } => {
+                // Nobody waits any more: what is not claimed unsubscribes itself.
+                let unclaimed = Unclaimed::new(&self.session, SubscribedAt { id: subscription, seq });
+                if let Some(Pending { reply: Reply::Subscribe { to }, .. }) = self.session.requests.take(request) {
+                    let _ = to.send(Ok(unclaimed));
+                }
+                Ok(())
+            }
+            HostSays::Unsubscribed { request, .. } => {
+                if let Some(Pending { reply: Reply::Unsubscribe { subscription, to }, .. }) =
+                    self.session.requests.take(request)
+                {
+                    self.session.holdings.lock().unsubscribed(subscription);
+                    if let Some(to) = to {
+                        let _ = to.send(Ok(()));
+                    }
+                }
+                Ok(())
+            }
+            HostSays::Drain { deadline } => {
+                self.tell.drain.send_replace(Some(deadline));
+                Ok(())
+            }
+            HostSays::Error(error) if error.fatal => Err(EndCause::Host(error)),
+            HostSays::Error(error) => {
+                self.on_refused(error);
+                Ok(())
+            }
+            HostSays::Welcome(_) => Err(EndCause::Violation(Violation::WelcomeTwice)),
+        }
+    }
+
+    fn on_notices(&mut self, notices: Vec<Notice>) -> Result<(), EndCause> {
+        let session = &self.session;
+        let received: Option<Moment> = session.welcome.wants_timing.then(|| session.clock().now());
+        for notice in notices {
+            let in_flight = self.session.outgoing.on_notice(notice.number).map_err(EndCause::Gap)?;
+            let window = self.session.welcome.window;
+            if in_flight > window as usize {
+                return Err(EndCause::Violation(Violation::WindowExceeded { window }));
+            }
+            let flush = Flush::begin(&self.session, &self.permits, notice, received);
+            self.start_flush(flush)?;
+        }
+        Ok(())
+    }
+
+    /// Polls it once here, because most flushes are done then and a task would cost more than they do.
+    fn start_flush(&mut self, flush: Flush) -> Result<(), EndCause> {
+        let mut flush = Arc::clone(&self.tlb).flush(flush);
+        let mut context = Context::from_waker(Waker::noop());
+        match catch_unwind(AssertUnwindSafe(|| flush.as_mut().poll(&mut context))) {
+            Ok(Poll::Ready(())) => {}
+            // Its new task polls it again, with a waker that means something.
+            Ok(Poll::Pending) => drop(self.flushes.spawn(flush)),
+            Err(_) => return Err(EndCause::FlushPanicked),
+        }
+        Ok(())
+    }
+
+    fn on_grant(&mut self, grant: Grant) -> Result<(), EndCause> {
+        let Some(Pending { reply: Reply::Fault { fault, to }, .. }) = self.session.requests.take(grant.request) else {
+            // Withdrawn while it was on its way.
+            return Ok(());
+        };
+        if to.is_closed() {
+            return Ok(());
+        }
+        let mismatch = |what| {
+            let request = fault.request.get();
+            EndCause::Violation(Violation::GrantMismatch { request, what })
+        };
+        fault::check(&fault, &grant).map_err(mismatch)?;
+        if self.session.holdings.lock().is_leaving(fault.address_space, fault.range) {
+            let _ = to.send(Err(FaultRefused::Unsubscribed));
+            return Ok(());
+        }
+        // Here, in the order of the stream: a notice that comes after the grant finds its tickets.
+        if let Some(granted) = Granted::open(&self.session, grant) {
+            // Dropped unread they cancel themselves.
+            let _ = to.send(Ok(granted));
+        }
+        Ok(())
+    }
+
+    fn on_refused(&mut self, error: SessionError) {
+        let Some(pending) = error.request.and_then(|request| self.session.requests.take(request)) else {
+            tracing::warn!(reason = error.reason.word(), message = error.message, "the host agent refused a message");
+            return;
+        };
+        match pending.reply {
+            Reply::Fault { to, .. } => drop(to.send(Err(FaultRefused::Host(error)))),
+            Reply::Subscribe { to } => drop(to.send(Err(error))),
+            Reply::Unsubscribe { subscription, to } => {
+                self.session.holdings.lock().unsubscribed(subscription);
+                if let Some(to) = to {
+                    let _ = to.send(Err(error));
+                }
+            }
+        }
+    }
+
+    /// The gate is shut. Flushes everything, waits for the uses, says so where that can still be heard.
+    async fn finish(&mut self, mut line: Line) -> SessionEnd {
+        let cause = self.session.not_live().cause;
+        let flush_all_cause = match (&cause, line) {
+            (EndCause::Left | EndCause::Dropped, Line::Up) => FlushAllCause::Leaving,
+            _ => FlushAllCause::Lost,
+        };
+        // A task of its own, because it may panic, and because the stream is read beside it.
+        let flush_all = tokio::spawn(Arc::clone(&self.tlb).flush_all(flush_all_cause));
+        let returned = self.while_reading(&mut line, AbortOnDropHandle::new(flush_all)).await;
+        let flushed = if returned.is_ok() { AllFlushed::Yes } else { AllFlushed::No };
+        // What `flush_all` stands for too.
+        self.flushes.shutdown().await;
+        if let Some(uses) = self.session.revoke(Scope::FlushAll) {
+            // Its sender is in the session's table, which lives as long as `self`.
+            let _ = self.while_reading(&mut line, uses).await;
+        }
+        // Leave stands for an ack of everything, and a TLB that panicked is not believed that much.
+        let trusted = flushed == AllFlushed::Yes && !matches!(cause, EndCause::FlushPanicked);
+        if trusted && line == Line::Up {
+            let everything = self.session.holdings.lock().everything_young();
+            for (address_space, ranges) in everything {
+                self.session.report_young(address_space, ranges);
+            }
+            self.session.gate.end();
+            self.session.outgoing.leave();
+            let _ = tokio::time::timeout(LEAVE_PATIENCE, self.until_closed()).await;
+        }
+        self.session.gate.end();
+        self.session.outgoing.fall_silent();
+        SessionEnd { cause, flushed }
+    }
+
+    /// Waits, and keeps the stream drained and the lease alive: dirty bytes may be on their way back.
+    async fn while_reading<F: Future>(&mut self, line: &mut Line, until: F) -> F::Output {
+        let mut until = std::pin::pin!(until);
+        loop {
+            tokio::select! {
+                // What is waited for goes first: it ends the loop.
+                biased;
+                output = &mut until => return output,
+                said = self.inbound.message(), if *line == Line::Up => match said {
+                    Ok(Some(wire)) => {
+                        // A notice need not be applied: nothing is held that could be withdrawn.
+                        if let Ok(HostSays::LeaseRenewed { request, lease }) = HostSays::try_from(wire)
+                            && let Some(sent) = self.session.outgoing.heartbeat_sent(request)
+                        {
+                            self.session.gate.on_granted(sent, lease);
+                        }
+                    }
+                    Ok(None) | Err(_) => *line = Line::Down,
+                },
+            }
+        }
+    }
+
+    async fn until_closed(&mut self) {
+        while let Ok(Some(_)) = self.inbound.message().await {}
+    }
+}

@@ -1,0 +1,274 @@
+//! [6 of 9] What the device says, and when: the stream that the transport takes its messages from.
+//!
+//! ```text
+//!   heartbeat ---+
+//!   young -------+
+//!   on_flushed --+--> State --- next(), when the transport can send ---> SessionRequest
+//!   requests ----+
+//!   leave -------+
+//! ```
+//!
+//! There is no task between a flush and the transport. Whenever the transport asks for a message it gets
+//! one ack of all that was flushed until then: under load acks get bigger, not later.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use futures_util::Stream;
+use parking_lot::Mutex;
+use shootdown_core::ack::{AckTracker, ContiguityError};
+use shootdown_core::{Ack, AddrRange, AddressSpaceId, FlushReport, Moment, NoticeNumber, SessionId};
+use shootdown_proto::message::{DeviceSays, Hello, MAX_RANGES_A_MESSAGE, RequestId};
+use shootdown_proto::v1;
+
+use crate::clock::Clock;
+use crate::ranges::at_most;
+
+/// Ranges in the reports of one ack: each is some 25 bytes, and a message holds 512 KiB.
+const MAX_RANGES_AN_ACK: usize = 8192;
+/// Heartbeats whose answer may still come; the answer to an older one renews nothing.
+const HEARTBEATS_KEPT: usize = 8;
+
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    clock: Clock,
+    state: Mutex<State>,
+}
+
+/// Bounded: requests by their permits, young by address space and [`MAX_RANGES_A_MESSAGE`], acks by the
+/// session's window.
+#[derive(Debug)]
+struct State {
+    hello: Option<Hello>,
+    hello_sent: Option<Moment>,
+    session: Option<SessionId>,
+    heartbeat: Option<RequestId>,
+    heartbeats_sent: VecDeque<(RequestId, Moment)>,
+    young: BTreeMap<AddressSpaceId, Vec<AddrRange>>,
+    acks: AckTracker,
+    /// What is left of an ack that was too large for one message.
+    ack_parts: VecDeque<Ack>,
+    requests: VecDeque<(RequestId, DeviceSays)>,
+    turn: Turn,
+    last_word: LastWord,
+    waker: Option<Waker>,
+}
+
+/// Acks go first, but never twice while a request waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Ack,
+    Request,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LastWord {
+    NotYet,
+    Leave,
+    Silence,
+}
+
+impl Outgoing {
+    pub(crate) fn new(clock: Clock, hello: Hello) -> Arc<Self> {
+        let state = State {
+            hello: Some(hello),
+            hello_sent: None,
+            session: None,
+            heartbeat: None,
+            heartbeats_sent: VecDeque::with_capacity(HEARTBEATS_KEPT),
+            young: BTreeMap::new(),
+            acks: AckTracker::new(),
+            ack_parts: VecDeque::new(),
+            requests: VecDeque::new(),
+            turn: Turn::Ack,
+            last_word: LastWord::NotYet,
+            waker: None,
+        };
+        Arc::new(Self { clock, state: Mutex::new(state) })
+    }
+
+    /// What the transport reads.
+    pub(crate) fn stream(self: &Arc<Self>) -> OutgoingStream {
+        OutgoingStream(Arc::clone(self))
+    }
+
+    /// When the transport took Hello.
+    pub(crate) fn on_welcome(&self, session: SessionId) -> Option<Moment> {
+        let mut state = self.state.lock();
+        state.session = Some(session);
+        state.hello_sent
+    }
+
+    /// A notice arrived; how many are in flight now.
+    pub(crate) fn on_notice(&self, number: NoticeNumber) -> Result<usize, ContiguityError> {
+        let mut state = self.state.lock();
+        state.acks.on_notice(number)?;
+        Ok(state.acks.in_flight())
+    }
+
+    /// The notice's flush is complete and its uses have ended: it may be acked.
+    pub(crate) fn on_flushed(&self, report: Option<FlushReport>, number: NoticeNumber) {
+        self.change(|state| state.acks.on_flushed(report, number));
+    }
+
+    /// Notices that arrived and are not flushed.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.state.lock().acks.in_flight()
+    }
+
+    pub(crate) fn request(&self, request: RequestId, says: DeviceSays) {
+        self.change(|state| state.requests.push_back((request, says)));
+    }
+
+    /// Takes a request back; false: it was sent.
+    pub(crate) fn withdraw(&self, request: RequestId) -> bool {
+        let mut state = self.state.lock();
+        let at = state.requests.iter().position(|(waiting, _)| *waiting == request);
+        at.and_then(|at| state.requests.remove(at)).is_some()
+    }
+
+    /// Goes out before every ack that is not sent yet.
+    pub(crate) fn report_young(&self, address_space: AddressSpaceId, ranges: Vec<AddrRange>) {
+        self.change(|state| {
+            let known = state.young.entry(address_space).or_default();
+            known.extend(ranges);
+            at_most(known, MAX_RANGES_A_MESSAGE);
+        });
+    }
+
+    /// One that was not sent yet is replaced: it would renew nothing more.
+    pub(crate) fn heartbeat(&self, request: RequestId) {
+        self.change(|state| state.heartbeat = Some(request));
+    }
+
+    /// When the heartbeat that was answered was sent.
+    pub(crate) fn heartbeat_sent(&self, request: RequestId) -> Option<Moment> {
+        let state = self.state.lock();
+        state.heartbeats_sent.iter().find(|(sent, _)| *sent == request).map(|(_, at)| *at)
+    }
+
+    /// Leave is the last message; nothing is held any more.
+    pub(crate) fn leave(&self) {
+        self.change(|state| state.last_word = LastWord::Leave);
+    }
+
+    /// The stream ends without a word.
+    pub(crate) fn fall_silent(&self) {
+        self.change(|state| state.last_word = LastWord::Silence);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let waker = {
+            let mut state = self.state.lock();
+            change(&mut state);
+            state.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl State {
+    fn next(&mut self, clock: &Clock) -> Option<DeviceSays> {
+        if let Some(hello) = self.hello.take() {
+            self.hello_sent = Some(clock.now());
+            return Some(DeviceSays::Hello(hello));
+        }
+        if let Some(request) = self.heartbeat.take() {
+            if self.heartbeats_sent.len() == HEARTBEATS_KEPT {
+                self.heartbeats_sent.pop_front();
+            }
+            self.heartbeats_sent.push_back((request, clock.now()));
+            return Some(DeviceSays::Heartbeat { request });
+        }
+        if let Some((address_space, ranges)) = self.young.pop_first() {
+            return Some(DeviceSays::Young { address_space, ranges });
+        }
+        if self.turn == Turn::Request
+            && let Some((_, says)) = self.requests.pop_front()
+        {
+            self.turn = Turn::Ack;
+            return Some(says);
+        }
+        if let Some(ack) = self.next_ack() {
+            self.turn = Turn::Request;
+            return Some(DeviceSays::Ack { session: self.session, ack });
+        }
+        self.requests.pop_front().map(|(_, says)| says)
+    }
+
+    fn next_ack(&mut self) -> Option<Ack> {
+        if self.ack_parts.is_empty() {
+            let ack = self.acks.take()?;
+            if ack.reports.is_empty() {
+                return Some(ack);
+            }
+            self.ack_parts = split(ack, MAX_RANGES_AN_ACK);
+        }
+        self.ack_parts.pop_front()
+    }
+}
+
+/// The parts of an ack whose reports hold more than `most` ranges, in the order in which they must be
+/// sent: each report goes with the first part that names its notice.
+fn split(mut ack: Ack, most: usize) -> VecDeque<Ack> {
+    let cost = |report: &FlushReport| 1 + report.young.len() + report.dirty.len();
+    if ack.reports.iter().map(cost).sum::<usize>() <= most {
+        return VecDeque::from([ack]);
+    }
+    ack.reports.sort_unstable_by_key(|report| report.notice);
+    let mut parts = VecDeque::new();
+    let (mut reports, mut spent) = (Vec::new(), 0);
+    let (mut through, mut selective) = (None, Vec::new());
+    for report in ack.reports {
+        let (notice, cost) = (report.notice, cost(&report));
+        if spent + cost > most && !reports.is_empty() {
+            let reports = std::mem::take(&mut reports);
+            let part_selective = std::mem::take(&mut selective);
+            parts.push_back(Ack { through, selective: part_selective, reports });
+            spent = 0;
+        }
+        spent += cost;
+        reports.push(report);
+        if Some(notice) <= ack.through {
+            through = Some(notice);
+        } else {
+            // The first that is above: `through` is as high as it gets from here on.
+            through = ack.through;
+            selective.push(notice);
+            ack.selective.retain(|other| *other != notice);
+        }
+    }
+    selective.append(&mut ack.selective);
+    parts.push_back(Ack { through: ack.through, selective, reports });
+    parts
+}
+
+/// The messages of the device, as the transport takes them.
+#[derive(Debug)]
+pub(crate) struct OutgoingStream(Arc<Outgoing>);
+
+impl Stream for OutgoingStream {
+    type Item = v1::SessionRequest;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<v1::SessionRequest>> {
+        let outgoing = &self.0;
+        let mut state = outgoing.state.lock();
+        if state.last_word == LastWord::Silence {
+            return Poll::Ready(None);
+        }
+        if let Some(says) = state.next(&outgoing.clock) {
+            drop(state);
+            return Poll::Ready(Some(says.into()));
+        }
+        if state.last_word == LastWord::Leave {
+            state.last_word = LastWord::Silence;
+            return Poll::Ready(Some(DeviceSays::Leave.into()));
+        }
+        state.waker = Some(context.waker().clone());
+        Poll::Pending
+    }
+}

@@ -1,0 +1,168 @@
+//! Requests that wait for their answer.
+
+use std::collections::HashMap;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use shootdown_core::{Seq, SubscriptionId};
+use shootdown_proto::message::{DeviceSays, Fault, RequestId, SessionError};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use crate::fault::Granted;
+use crate::session::Session;
+use crate::session::end::NotLive;
+use crate::subscription::Unclaimed;
+
+/// Subscribe and Unsubscribe requests that wait; more of them wait for their turn.
+const MAX_SUBSCRIPTION_REQUESTS: usize = 64;
+
+/// The requests of a session. Bounded: a fault and a subscription request each hold a permit until they
+/// are answered, also when nobody waits any more, because the host agent counts them until then.
+#[derive(Debug)]
+pub(crate) struct Requests {
+    pub(crate) fault_permits: Arc<Semaphore>,
+    pub(crate) subscription_permits: Arc<Semaphore>,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    last: u64,
+    pending: HashMap<RequestId, Pending>,
+    closed: bool,
+}
+
+/// A request that was made. Its answer goes nowhere when the receiver is gone.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub(crate) reply: Reply,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Whom to answer.
+#[derive(Debug)]
+pub(crate) enum Reply {
+    Fault { fault: Fault, to: oneshot::Sender<Result<Granted, FaultRefused>> },
+    Subscribe { to: oneshot::Sender<Result<Unclaimed, SessionError>> },
+    Unsubscribe { subscription: SubscriptionId, to: Option<oneshot::Sender<Result<(), SessionError>>> },
+}
+
+/// Why a fault brought no grant.
+#[derive(Debug)]
+pub(crate) enum FaultRefused {
+    Host(SessionError),
+    /// The range's subscription ended meanwhile.
+    Unsubscribed,
+}
+
+/// A new subscription, as the host agent tells of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SubscribedAt {
+    pub(crate) id: SubscriptionId,
+    pub(crate) seq: Option<Seq>,
+}
+
+impl Requests {
+    pub(crate) fn new(max_faults: usize) -> Self {
+        Self {
+            fault_permits: Arc::new(Semaphore::new(max_faults)),
+            subscription_permits: Arc::new(Semaphore::new(MAX_SUBSCRIPTION_REQUESTS)),
+            table: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn next_id(&self) -> RequestId {
+        let mut table = self.table.lock();
+        table.last += 1;
+        NonZeroU64::new(table.last).expect("a number after 0 is not 0")
+    }
+
+    /// Takes the request that `id` answers.
+    pub(crate) fn take(&self, id: RequestId) -> Option<Pending> {
+        self.table.lock().pending.remove(&id)
+    }
+
+    /// Whoever waits is told that the session is closed, by the drop of its sender.
+    pub(crate) fn fail_all(&self) {
+        let pending = {
+            let mut table = self.table.lock();
+            table.closed = true;
+            std::mem::take(&mut table.pending)
+        };
+        drop(pending);
+        self.fault_permits.close();
+        self.subscription_permits.close();
+    }
+
+    /// Requests that are not answered.
+    pub(crate) fn len(&self) -> usize {
+        self.table.lock().pending.len()
+    }
+
+    fn insert(&self, id: RequestId, pending: Pending) -> Result<(), Pending> {
+        let mut table = self.table.lock();
+        if table.closed {
+            return Err(pending);
+        }
+        table.pending.insert(id, pending);
+        Ok(())
+    }
+}
+
+/// A request that was handed to the transport, or will be. Dropped before the answer it is withdrawn if
+/// it was not sent yet, and else waits for its answer as one that nobody wants.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct Asked<'a, A> {
+    session: &'a Session,
+    request: Option<RequestId>,
+    answer: oneshot::Receiver<A>,
+}
+
+impl Session {
+    /// # Errors
+    /// [`NotLive`].
+    pub(crate) fn ask<A>(
+        &self,
+        permit: OwnedSemaphorePermit,
+        make: impl FnOnce(RequestId, oneshot::Sender<A>) -> (DeviceSays, Reply),
+    ) -> Result<Asked<'_, A>, NotLive> {
+        let (to, answer) = oneshot::channel();
+        let request = self.requests.next_id();
+        let (says, reply) = make(request, to);
+        self.requests.insert(request, Pending { reply, _permit: permit }).map_err(|_| self.not_live())?;
+        self.outgoing.request(request, says);
+        Ok(Asked { session: self, request: Some(request), answer })
+    }
+
+    /// Ends a subscription that nobody asked to keep. Without a permit to be had the session's end does.
+    pub(crate) fn unsubscribe_unclaimed(&self, subscription: SubscriptionId) {
+        let Ok(permit) = Arc::clone(&self.requests.subscription_permits).try_acquire_owned() else { return };
+        let request = self.requests.next_id();
+        let reply = Reply::Unsubscribe { subscription, to: None };
+        if self.requests.insert(request, Pending { reply, _permit: permit }).is_ok() {
+            self.outgoing.request(request, DeviceSays::Unsubscribe { request, subscription });
+        }
+    }
+}
+
+impl<A> Asked<'_, A> {
+    /// # Errors
+    /// [`NotLive`] when the session is closed first.
+    pub(crate) async fn answer(mut self) -> Result<A, NotLive> {
+        let answer = (&mut self.answer).await;
+        self.request = None;
+        answer.map_err(|_| self.session.not_live())
+    }
+}
+
+impl<A> Drop for Asked<'_, A> {
+    fn drop(&mut self) {
+        if let Some(request) = self.request
+            && self.session.outgoing.withdraw(request)
+        {
+            self.session.requests.take(request);
+        }
+    }
+}

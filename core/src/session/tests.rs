@@ -1,0 +1,552 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::ack::FlushReport;
+use crate::event::{Cause, Method};
+use crate::id::{AddressSpaceId, NoticeNumber, Seq};
+use crate::range::{AddrRange, PageSize};
+
+const T_ACK: Duration = Duration::from_millis(100);
+
+fn at(millis: u64) -> Moment {
+    Moment::ZERO + Duration::from_millis(millis)
+}
+
+/// A lease of 1,000 ms, which the host counts as 1,010 ms; T_ack 100 ms; a window of 2.
+fn config() -> SessionConfig {
+    SessionConfig {
+        lease: LeaseTerms {
+            duration: Duration::from_millis(1000),
+            drift_ppm: 0,
+            margin: Duration::from_millis(10),
+        },
+        ack_timeout: T_ACK,
+        outbox: OutboxLimits { window: 2, max_pending: 4 },
+        max_subscriptions: 2,
+        max_ranges_per_subscription: 3,
+        max_faults_in_flight: 2,
+    }
+}
+
+fn session() -> Session<u32> {
+    Session::new(SessionId::FIRST, DeviceId::new("gpu0").unwrap(), config(), at(0))
+}
+
+fn event(page: u64) -> Event {
+    Event {
+        address_space: AddressSpaceId::FIRST,
+        seq: Seq::new(page + 1).unwrap(),
+        range: AddrRange::page_of(page * 8192, PageSize::BASE),
+        method: Method::Invalidate,
+        cause: Cause::Unmap,
+        owner: None,
+    }
+}
+
+fn ack(through: u64) -> Ack {
+    Ack { through: NoticeNumber::new(through), ..Ack::default() }
+}
+
+fn show(effect: &Effect<u32>) -> String {
+    match effect {
+        Effect::Resolve { token, how: Resolution::Acked { .. } } => format!("{token} acked"),
+        Effect::Resolve { token, how } => format!("{token} {how:?}").to_lowercase(),
+        Effect::Reported { report, .. } => format!("reported {}", report.notice),
+        Effect::Phase { from, to } => format!("{}->{}", from.name(), to.name()),
+        Effect::EndStream(reason) => format!("end stream: {reason:?}"),
+    }
+}
+
+fn drained(effects: &mut Effects<u32>) -> Vec<String> {
+    effects.drain().map(|effect| show(&effect)).collect()
+}
+
+/// In the phase, before 200 ms. Notice 1 carries token 1 and was sent at 190 ms, in Suspect at 90 ms;
+/// token 2 is pending since 195 ms; the lease expires at 1,010 ms.
+fn in_phase(phase: Phase) -> Session<u32> {
+    let mut session = session();
+    let mut effects = Effects::new();
+    let sent = if phase == Phase::Suspect { 90 } else { 190 };
+    session.on_event(&event(0), Some(1), at(sent), &mut effects);
+    assert_eq!(session.take_notices(1, at(sent)).len(), 1);
+    session.on_event(&event(1), Some(2), at(195), &mut effects);
+    match phase {
+        Phase::Live => {}
+        Phase::Suspect => drop(session.on_tick(at(199), &mut effects)),
+        Phase::Severed => session.on_severed(at(199), &mut effects),
+        Phase::Fenced => session.on_fence_confirmed(at(199), &mut effects),
+        Phase::Gone => session.on_left(at(199), &mut effects),
+    }
+    assert_eq!(session.phase(), phase);
+    session
+}
+
+type Input = fn(&mut Session<u32>, &mut Effects<u32>) -> String;
+
+/// What each input returns, as text; its effects are in the sink.
+const INPUTS: [(&str, Input); 14] = [
+    ("event", |session, effects| {
+        session.on_event(&event(2), Some(3), at(200), effects);
+        String::new()
+    }),
+    ("take", |session, _| format!("{} notices", session.take_notices(8, at(200)).len())),
+    ("ack 1", |session, effects| format!("{:?}", session.on_ack(&ack(1), at(200), effects))),
+    ("ack 1 with a report", |session, effects| {
+        let report = FlushReport {
+            notice: NoticeNumber::FIRST,
+            young: vec![],
+            dirty: vec![AddrRange::ALL],
+            timing: None,
+        };
+        format!("{:?}", session.on_ack(&Ack { reports: vec![report], ..ack(1) }, at(200), effects))
+    }),
+    ("ack 9", |session, effects| match session.on_ack(&ack(9), at(200), effects) {
+        Ok(()) => "Ok(())".to_owned(),
+        Err(error) => format!("refused: {error}"),
+    }),
+    ("heartbeat", |session, _| format!("{:?}", session.on_heartbeat(at(200)))),
+    ("late heartbeat", |session, _| format!("{:?}", session.on_heartbeat(at(1011)))),
+    ("severed", |session, effects| {
+        session.on_severed(at(200), effects);
+        String::new()
+    }),
+    ("left", |session, effects| {
+        session.on_left(at(200), effects);
+        String::new()
+    }),
+    ("evict", |session, effects| {
+        session.on_evict(at(200), effects);
+        String::new()
+    }),
+    ("fence confirmed", |session, effects| {
+        session.on_fence_confirmed(at(200), effects);
+        String::new()
+    }),
+    ("tick", |session, effects| format!("next {:?}", session.on_tick(at(200), effects))),
+    ("tick past T_ack", |session, effects| format!("next {:?}", session.on_tick(at(290), effects))),
+    ("tick at expiry", |session, effects| format!("next {:?}", session.on_tick(at(1010), effects))),
+];
+
+/// Every (phase, input).
+#[test]
+fn transitions() {
+    let mut table = String::new();
+    for phase in Phase::EVERY {
+        for (name, input) in INPUTS {
+            let mut session = in_phase(phase);
+            let mut effects = Effects::new();
+            let returned = input(&mut session, &mut effects);
+            let effects = drained(&mut effects).join(", ");
+            let line = format!(
+                "{:8} {name:20} -> {:8} lease {:?} | {returned} | {effects}",
+                phase.name(),
+                session.phase().name(),
+                session.lease_expires(),
+            );
+            table += line.trim_end_matches([' ', '|']);
+            table.push('\n');
+        }
+    }
+    insta::assert_snapshot!("transitions", table);
+}
+
+#[test]
+fn a_stream_that_nobody_drains_makes_the_session_suspect() {
+    let (mut session, mut effects) = (session(), Effects::new());
+    session.on_event(&event(0), Some(1), at(50), &mut effects);
+    assert_eq!(session.on_tick(at(149), &mut effects), Some(at(150)));
+    assert_eq!(session.phase(), Phase::Live);
+    session.on_tick(at(150), &mut effects);
+    assert_eq!(session.phase(), Phase::Suspect);
+    assert_eq!(session.take_notices(8, at(160)).len(), 1, "it is still sent what is pending");
+    session.on_ack(&ack(1), at(170), &mut effects).unwrap();
+    assert_eq!(drained(&mut effects), ["live->suspect", "1 acked", "suspect->live"]);
+}
+
+#[test]
+fn what_waits_for_a_full_window_counts_from_the_oldest_unacked() {
+    let (mut session, mut effects) = (session(), Effects::new());
+    for page in 0..3 {
+        session.on_event(&event(page), None, at(10 * page), &mut effects);
+        session.take_notices(8, at(10 * page));
+    }
+    assert_eq!((session.outbox().unacked(), session.outbox().pending()), (2, 1));
+    assert_eq!(session.on_tick(at(90), &mut effects), Some(at(100)), "sent at 0");
+    session.on_ack(&ack(2), at(95), &mut effects).unwrap();
+    assert_eq!(session.on_tick(at(120), &mut effects), Some(at(195)), "may be sent since 95");
+}
+
+#[test]
+fn a_suspect_session_stays_so_while_anything_is_overdue() {
+    let (mut session, mut effects) = (session(), Effects::new());
+    for (page, moment) in [(0, 0), (1, 50)] {
+        session.on_event(&event(page), None, at(moment), &mut effects);
+        session.take_notices(8, at(moment));
+    }
+    session.on_tick(at(160), &mut effects);
+    session.on_ack(&ack(1), at(170), &mut effects).unwrap();
+    assert_eq!(session.phase(), Phase::Suspect, "notice 2 is overdue, too");
+    session.on_ack(&ack(2), at(180), &mut effects).unwrap();
+    assert_eq!(session.phase(), Phase::Live);
+    assert_eq!(session.on_heartbeat(at(180)), Some(Duration::from_millis(1000)));
+}
+
+#[test]
+fn a_heartbeat_ahead_of_a_late_tick_renews_nothing_that_is_overdue() {
+    let (mut session, mut effects) = (session(), Effects::new());
+    session.on_event(&event(0), Some(1), at(0), &mut effects);
+    session.take_notices(8, at(0));
+    assert_eq!(session.on_heartbeat(at(99)), Some(Duration::from_millis(1000)));
+    assert_eq!(session.on_heartbeat(at(100)), None, "the tick would have made it Suspect");
+    assert_eq!(session.lease_expires(), at(99 + 1010));
+}
+
+/// Invariant 14.
+#[test]
+fn fence_is_positive() {
+    let silent = |session: &mut Session<u32>, effects: &mut Effects<u32>| {
+        session.on_severed(at(201), effects);
+        session.on_evict(at(202), effects);
+        for moment in [300, 1009] {
+            session.on_tick(at(moment), effects);
+            assert_eq!(session.phase(), Phase::Severed, "neither eviction nor silence is a fence");
+        }
+    };
+    let mut session = in_phase(Phase::Live);
+    let mut effects = Effects::new();
+    silent(&mut session, &mut effects);
+    assert_eq!(drained(&mut effects), ["live->severed"]);
+    assert_eq!(session.on_tick(at(1010), &mut effects), None);
+    assert_eq!(drained(&mut effects), ["severed->fenced", "1 fenced", "2 fenced"], "the lease expired");
+    let mut session = in_phase(Phase::Suspect);
+    session.on_fence_confirmed(at(201), &mut effects);
+    assert_eq!(drained(&mut effects)[..2], ["suspect->fenced", "end stream: Fenced"], "a fencer confirmed");
+}
+
+/// Invariant 13: of all inputs, none but an ack makes a token Acked, and no tick short of the expiry
+/// of the lease resolves one at all.
+#[test]
+fn timeout_is_not_ack() {
+    for phase in [Phase::Live, Phase::Suspect, Phase::Severed] {
+        for (name, input) in INPUTS.iter().filter(|(name, _)| !name.starts_with("ack 1")) {
+            let mut session = in_phase(phase);
+            let mut effects = Effects::new();
+            input(&mut session, &mut effects);
+            let shown = drained(&mut effects);
+            assert!(shown.iter().all(|effect| !effect.ends_with("acked")), "{phase:?} {name}: {shown:?}");
+            if matches!(*name, "tick" | "tick past T_ack") {
+                assert!(shown.iter().all(|effect| effect.contains("->")), "{phase:?} {name}: {shown:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn each_quota_refuses_one_more_and_gives_back_what_is_returned() {
+    let mut session = session();
+    assert_eq!(session.try_subscribe(4), Err(QuotaError::Ranges { asked: 4, limit: 3 }));
+    assert_eq!(session.subscriptions(), 0, "a refused one is not counted");
+    session.try_subscribe(3).unwrap();
+    session.try_subscribe(1).unwrap();
+    assert_eq!(session.try_subscribe(1), Err(QuotaError::Subscriptions { limit: 2 }));
+    session.on_unsubscribed();
+    session.try_subscribe(1).unwrap();
+    session.try_fault().unwrap();
+    session.try_fault().unwrap();
+    assert_eq!(session.try_fault(), Err(QuotaError::FaultsInFlight { limit: 2 }));
+    session.on_fault_done();
+    assert_eq!((session.faults_in_flight(), session.subscriptions()), (1, 2));
+}
+
+// ---- a model: the device's notices one by one, and the rules of the module's head ----
+
+#[derive(Clone, Debug)]
+enum Step {
+    Event {
+        page: u64,
+        token: bool,
+    },
+    Take(usize),
+    /// Acks the unacked notices whose bits are set.
+    Ack(u8),
+    BadAck,
+    Heartbeat,
+    Severed,
+    Left,
+    Evict,
+    Fence,
+    Tick,
+    /// Lets this many milliseconds pass.
+    Wait(u64),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        12 => (0..12_u64, any::<bool>()).prop_map(|(page, token)| Step::Event { page, token }),
+        8 => (1..4_usize).prop_map(Step::Take),
+        8 => any::<u8>().prop_map(Step::Ack),
+        1 => Just(Step::BadAck),
+        8 => Just(Step::Heartbeat),
+        1 => Just(Step::Severed),
+        1 => Just(Step::Left),
+        1 => Just(Step::Evict),
+        1 => Just(Step::Fence),
+        8 => Just(Step::Tick),
+        8 => (0..80_u64).prop_map(Step::Wait),
+        1 => (80..800_u64).prop_map(Step::Wait),
+    ]
+}
+
+struct Model {
+    session: Session<u32>,
+    now: u64,
+    phase: Phase,
+    lease_ends: u64,
+    /// What the device was sent and has not acked, with when it was sent.
+    unacked: BTreeMap<NoticeNumber, u64>,
+    undrained_since: Option<u64>,
+    given: BTreeMap<u32, u64>,
+    resolved: BTreeSet<u32>,
+    /// What the step may resolve a token as.
+    may_resolve: &'static str,
+}
+
+impl Model {
+    fn new() -> Self {
+        Self {
+            session: session(),
+            now: 0,
+            phase: Phase::Live,
+            lease_ends: 1010,
+            unacked: BTreeMap::new(),
+            undrained_since: None,
+            given: BTreeMap::new(),
+            resolved: BTreeSet::new(),
+            may_resolve: "",
+        }
+    }
+
+    fn has_stream(&self) -> bool {
+        matches!(self.phase, Phase::Live | Phase::Suspect)
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Fenced | Phase::Gone)
+    }
+
+    fn overdue_at(&self) -> Option<u64> {
+        self.unacked.values().copied().chain(self.undrained_since).min().map(|since| since + 100)
+    }
+
+    fn is_overdue(&self) -> bool {
+        self.overdue_at().is_some_and(|overdue| overdue <= self.now)
+    }
+
+    fn watch_drain(&mut self) {
+        let sendable = self.session.outbox().pending() > 0 && self.unacked.len() < 2 && !self.is_over();
+        self.undrained_since = if sendable { self.undrained_since.or(Some(self.now)) } else { None };
+    }
+
+    fn apply(&mut self, step: &Step) {
+        let mut effects = Effects::new();
+        self.may_resolve = match self.phase {
+            Phase::Fenced => "fenced",
+            Phase::Gone => "left",
+            _ => "",
+        };
+        let now = at(self.now);
+        match step {
+            Step::Event { page, token } => {
+                let token = token.then_some(u32::try_from(self.given.len()).unwrap());
+                self.given.extend(token.map(|token| (token, self.now)));
+                self.session.on_event(&event(*page), token, now, &mut effects);
+            }
+            Step::Take(max) => self.take(*max),
+            Step::Ack(bits) => self.ack(*bits, &mut effects),
+            Step::BadAck => {
+                let bad = ack(1 + self.session.outbox().last_sent().map_or(0, NoticeNumber::get));
+                assert_eq!(self.session.on_ack(&bad, now, &mut effects).is_err(), !self.is_over());
+                assert!(effects.is_empty());
+            }
+            Step::Heartbeat => self.heartbeat(),
+            Step::Severed => {
+                self.session.on_severed(now, &mut effects);
+                self.phase = if self.has_stream() { Phase::Severed } else { self.phase };
+            }
+            Step::Left => {
+                self.session.on_left(now, &mut effects);
+                self.finish(Phase::Gone, "left");
+            }
+            Step::Evict => {
+                self.session.on_evict(now, &mut effects);
+                self.phase = if self.has_stream() { Phase::Severed } else { self.phase };
+            }
+            Step::Fence => {
+                self.session.on_fence_confirmed(now, &mut effects);
+                self.finish(Phase::Fenced, "fenced");
+            }
+            Step::Tick => {
+                self.tick(&mut effects);
+            }
+            Step::Wait(millis) => self.now += millis,
+        }
+        self.check(effects);
+    }
+
+    fn take(&mut self, max: usize) {
+        let notices = self.session.take_notices(max, at(self.now));
+        assert!(notices.is_empty() || self.has_stream(), "sent without a stream");
+        self.undrained_since = self.undrained_since.filter(|_| notices.is_empty());
+        self.unacked.extend(notices.iter().map(|notice| (notice.number, self.now)));
+    }
+
+    fn ack(&mut self, bits: u8, effects: &mut Effects<u32>) {
+        let chosen = self.unacked.keys().enumerate().filter(|(at, _)| bits >> at & 1 == 1);
+        let selective: Vec<NoticeNumber> = chosen.map(|(_, number)| *number).collect();
+        if selective.is_empty() {
+            return;
+        }
+        self.unacked.retain(|number, _| !selective.contains(number));
+        let ack = Ack { selective, ..Ack::default() };
+        assert_eq!(self.session.on_ack(&ack, at(self.now), effects), Ok(()));
+        if self.is_over() {
+            return;
+        }
+        self.may_resolve = "acked";
+        self.watch_drain();
+        if self.phase == Phase::Suspect && !self.is_overdue() {
+            self.phase = Phase::Live;
+        }
+    }
+
+    fn heartbeat(&mut self) {
+        let renewed = self.session.on_heartbeat(at(self.now)).is_some();
+        let expected = self.phase == Phase::Live && !self.is_overdue() && self.now < self.lease_ends;
+        assert_eq!(renewed, expected);
+        if renewed {
+            self.lease_ends = self.now + 1010;
+        }
+    }
+
+    fn finish(&mut self, phase: Phase, how: &'static str) {
+        if !self.is_over() {
+            self.phase = phase;
+            self.may_resolve = how;
+        }
+    }
+
+    fn tick(&mut self, effects: &mut Effects<u32>) -> Option<u64> {
+        let next = self.session.on_tick(at(self.now), effects);
+        if self.now >= self.lease_ends {
+            self.finish(Phase::Fenced, "fenced");
+        } else if self.phase == Phase::Live && self.is_overdue() {
+            self.phase = Phase::Suspect;
+        }
+        let expected = match self.phase {
+            Phase::Live => Some(self.overdue_at().unwrap_or(u64::MAX).min(self.lease_ends)),
+            Phase::Suspect | Phase::Severed => Some(self.lease_ends),
+            Phase::Fenced | Phase::Gone => None,
+        };
+        assert_eq!(next, expected.map(at));
+        assert!(expected.is_none_or(|next| next > self.now), "a tick that asks for itself again never ends");
+        expected
+    }
+
+    fn check(&mut self, effects: Effects<u32>) {
+        let before = effects.len();
+        let mut phase_known = false;
+        for effect in effects {
+            match effect {
+                Effect::Resolve { token, how } => {
+                    let how = match how {
+                        Resolution::Acked { .. } => "acked",
+                        Resolution::Left => "left",
+                        Resolution::Fenced => "fenced",
+                    };
+                    assert_eq!(how, self.may_resolve);
+                    assert!(
+                        self.given.contains_key(&token) && self.resolved.insert(token),
+                        "once, and only once"
+                    );
+                }
+                Effect::Phase { from, to } => {
+                    assert!(from != to && !from.is_over(), "nothing leaves Fenced or Gone");
+                    assert!(!phase_known || before == 1);
+                    phase_known = true;
+                }
+                Effect::Reported { .. } | Effect::EndStream(_) => {}
+            }
+        }
+        self.watch_drain();
+        assert_eq!(self.session.phase(), self.phase);
+        assert_eq!(self.session.lease_expires(), at(self.lease_ends));
+        if self.is_over() {
+            assert_eq!(self.resolved.len(), self.given.len(), "all are resolved in a session that is over");
+            assert_eq!(self.session.outbox().pending(), 0);
+        } else {
+            assert_eq!(self.session.outbox().unacked(), self.unacked.len());
+        }
+    }
+
+    /// Only time passes, and only where a tick said that it matters.
+    fn tick_to_the_end(&mut self) {
+        // Live, Suspect, Fenced: no session has more to tell.
+        for _ in 0..3 {
+            self.may_resolve = "";
+            let mut effects = Effects::new();
+            let next = self.tick(&mut effects);
+            self.check(effects);
+            let Some(next) = next else { break };
+            self.now = next;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn a_session_does_what_its_model_does(steps in prop::collection::vec(any_step(), 1..120)) {
+        let mut model = Model::new();
+        for step in &steps {
+            model.apply(step);
+        }
+    }
+
+    /// Invariant 19, in core's sense: from any state, ticks alone resolve every token, within T_ack
+    /// and a lease from now.
+    #[test]
+    fn bounded_resolution(steps in prop::collection::vec(any_step(), 1..60)) {
+        let mut model = Model::new();
+        for step in &steps {
+            model.apply(step);
+        }
+        let from = model.now;
+        model.tick_to_the_end();
+        prop_assert_eq!(model.resolved.len(), model.given.len());
+        prop_assert!(model.now <= from + 100 + 1010);
+    }
+
+    /// The same against a device that sends heartbeats for ever and never acks (trap 3).
+    #[test]
+    fn heartbeats_without_acks_do_not_hold_a_round(
+        beats in prop::collection::vec(1..60_u64, 40..80),
+        drained in any::<bool>(),
+    ) {
+        let mut model = Model::new();
+        model.apply(&Step::Event { page: 0, token: true });
+        for beat in beats {
+            if drained {
+                model.apply(&Step::Take(8));
+            }
+            model.apply(&Step::Heartbeat);
+            model.apply(&Step::Wait(beat));
+            if model.resolved.is_empty() {
+                prop_assert!(model.now <= 60 + 100 + 1010);
+            }
+            model.apply(&Step::Tick);
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! [8 of 9] A round that waits for its targets, and the task that owns it.
+//!
+//! ```text
+//!   dispatch --> WaitingRound --> on_resolved (from the sessions' acks and fences)
+//!                    |                  |
+//!             round task waits          | the last one rings `complete`
+//!                    |<-----------------+
+//!             drops the SRCU section, ends the bracket if nobody else will, answers every waiter
+//! ```
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use shootdown_core::event::Event;
+use shootdown_core::round::{Progress, Resolution, Round};
+use shootdown_core::{DeviceId, Moment, SessionId};
+use tokio::sync::{Notify, OwnedSemaphorePermit, SetOnce};
+
+use crate::clock::Clock;
+use crate::directory::AddressSpace;
+use crate::source::{RoundResult, RoundTimes, Verdict, Wait};
+
+/// A round while it waits. Its targets' outboxes hold it through their tokens; its task owns what
+/// must last until it is complete.
+#[derive(Debug)]
+pub(crate) struct WaitingRound {
+    round: Mutex<Ledger>,
+    /// Rung once, by whoever resolves the last target. Only the round's task listens.
+    complete: Notify,
+    /// Set by the round's task after the read section has ended. Any number of callers listen.
+    finished: SetOnce<()>,
+    called: Moment,
+    clock: Clock,
+}
+
+#[derive(Debug)]
+struct Ledger {
+    round: Round,
+    bracket: Bracket,
+    dispatched: Moment,
+}
+
+/// Who ends the bracket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Bracket {
+    /// The caller will, by `invalidate_range_end`.
+    CallerEnds,
+    /// The round's task does as soon as the round is complete: the method is a bracket around one
+    /// page, or the caller ended or abandoned it before.
+    TaskEnds,
+    /// Nobody: the address space is released, and nothing will be granted any more.
+    NeverEnds,
+}
+
+/// What the end of a bracket by its caller comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The round is complete: the caller ends the bracket now.
+    Now,
+    /// The round is not: its task ends the bracket when it is.
+    WhenComplete,
+    /// It was ended before, or was never the caller's to end (Pairing).
+    NotTheCallers,
+}
+
+/// What a target's outbox holds until the target is resolved.
+#[derive(Debug)]
+pub(crate) struct Token {
+    pub(crate) round: Arc<WaitingRound>,
+    pub(crate) target: usize,
+}
+
+impl Token {
+    pub(crate) fn resolve(self, how: Resolution, now: Moment) {
+        self.round.on_resolved(self.target, how, now);
+    }
+}
+
+impl WaitingRound {
+    pub(crate) fn new(
+        event: Event,
+        targets: impl IntoIterator<Item = (SessionId, DeviceId)>,
+        bracket: Bracket,
+        called: Moment,
+        clock: Clock,
+    ) -> Self {
+        let round = Round::new(event, targets, called);
+        Self {
+            round: Mutex::new(Ledger { round, bracket, dispatched: called }),
+            complete: Notify::new(),
+            finished: SetOnce::new(),
+            called,
+            clock,
+        }
+    }
+
+    /// A notice is in every target's outbox.
+    pub(crate) fn on_dispatched(&self, now: Moment) {
+        self.round.lock().dispatched = now;
+    }
+
+    fn on_resolved(&self, target: usize, how: Resolution, now: Moment) {
+        let progress = self.round.lock().round.on_resolved(target, how, now);
+        if progress == Progress::Complete {
+            self.complete.notify_one();
+        }
+    }
+
+    /// The caller ends the bracket, or abandons it.
+    pub(crate) fn on_end(&self) -> End {
+        let mut ledger = self.round.lock();
+        match ledger.bracket {
+            Bracket::TaskEnds | Bracket::NeverEnds => End::NotTheCallers,
+            Bracket::CallerEnds => {
+                ledger.bracket = Bracket::TaskEnds;
+                if self.finished.initialized() { End::Now } else { End::WhenComplete }
+            }
+        }
+    }
+
+    /// Whether it waits for a target.
+    pub(crate) fn is_waiting(&self) -> bool {
+        !self.finished.initialized()
+    }
+
+    /// Runs `look` on the ledger: for listings.
+    pub(crate) fn look<R>(&self, look: impl FnOnce(&Round) -> R) -> R {
+        look(&self.round.lock().round)
+    }
+
+    /// Waits for the round as long as the caller allows, and tells how far it has come. Any number
+    /// may wait; dropping the future changes nothing about the round.
+    pub(crate) async fn wait(&self, wait: Wait) -> RoundResult {
+        match wait {
+            // Only a round without targets was opened for such a caller: it is complete.
+            Wait::NotAtAll => {}
+            Wait::ForTargets => drop(self.finished.wait().await),
+            // An expired timer is not looked at: the ledger alone says whether the round is complete
+            // (TimeoutIsNotAck).
+            Wait::AtMost(limit) => drop(tokio::time::timeout(limit, self.finished.wait()).await),
+        }
+        self.result()
+    }
+
+    fn result(&self) -> RoundResult {
+        let ledger = self.round.lock();
+        let verdict = if self.finished.initialized() { Verdict::Quiesced } else { Verdict::NotQuiesced };
+        RoundResult {
+            verdict,
+            seq: Some(ledger.round.event().seq),
+            targets: ledger.round.reports().to_vec(),
+            young: ledger.round.young(),
+            times: RoundTimes {
+                called: self.called,
+                dispatched: ledger.dispatched,
+                resolved: ledger.round.completed(),
+                answered: self.clock.now(),
+            },
+        }
+    }
+}
+
+/// What must last until every target has stopped: the read section of the subscriber list, and the
+/// round's place in the bound on rounds in flight.
+pub(crate) struct Owned {
+    pub(crate) space: Arc<AddressSpace>,
+    pub(crate) section: srcu::ReadGuard,
+    pub(crate) permit: Option<OwnedSemaphorePermit>,
+}
+
+/// The round's task: it lives until every target has stopped, whatever becomes of the caller.
+pub(crate) async fn own(round: Arc<WaitingRound>, owned: Owned) {
+    round.complete.notified().await;
+    finish(&round, owned);
+}
+
+/// Ends the read section and answers. Also called at once for a round that has no targets.
+pub(crate) fn finish(round: &WaitingRound, owned: Owned) {
+    let Owned { space, section, permit } = owned;
+    drop(section);
+    let (seq, bracket) = {
+        let ledger = round.round.lock();
+        // Under the lock, so that `on_end` either comes before, and leaves the end to this task, or
+        // sees the round finished, and ends the bracket itself.
+        round.finished.set(()).expect("a round is finished by its one task, once");
+        (ledger.round.event().seq, ledger.bracket)
+    };
+    match bracket {
+        Bracket::TaskEnds => space.end_bracket(seq),
+        // It stays listed, so that its caller can ask for the outcome until the end.
+        Bracket::CallerEnds | Bracket::NeverEnds => {}
+    }
+    drop(permit);
+}

@@ -1,0 +1,391 @@
+//! Settings of the daemon: flags over environment over file over defaults.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::Args;
+use serde::{Deserialize, Deserializer};
+use shootdown_core::Incarnation;
+use shootdown_core::lease::LeaseTerms;
+use shootdown_core::outbox::OutboxLimits;
+use shootdown_core::session::SessionConfig;
+
+use crate::clock::Clock;
+use crate::host::HostConfig;
+use crate::listen::ListenAddr;
+
+/// Rounds in flight of one address space. A round takes about half a kilobyte and what its targets
+/// keep of it; a source with more to say at once waits.
+const DEFAULT_ROUNDS_IN_FLIGHT: usize = 16_384;
+
+/// Devices of one host: more than any machine has.
+const DEFAULT_SESSIONS: usize = 4096;
+
+/// Processes that share memory with devices.
+const DEFAULT_ADDRESS_SPACES: usize = 4096;
+
+/// 64 MiB of frames for the memory source, taken from the kernel only when they are used.
+const DEFAULT_MEMORY_FRAMES: usize = 16_384;
+
+/// How long devices have to finish and leave when the daemon stops.
+const DEFAULT_DRAIN: Duration = Duration::from_secs(10);
+
+/// A time as people write it: `250ms`, `10s`, `2m`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+impl FromStr for Span {
+    type Err = humantime::DurationError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        humantime::parse_duration(text).map(Self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl<'de> Deserialize<'de> for ListenAddr {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// The settings, each as it may be given: by flag, by environment, or in the file, where the name has
+/// underscores.
+#[derive(Debug, Clone, Default, Args, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Listen for devices here: IP:PORT, tcp://IP:PORT or unix:/PATH. Repeatable
+    #[arg(long, env = "SHOOTDOWND_LISTEN", value_delimiter = ',')]
+    #[serde(default)]
+    pub listen: Vec<ListenAddr>,
+    /// Listen for sources (NotifierService, MemoryService) here: unix:/PATH. Repeatable
+    #[arg(long, env = "SHOOTDOWND_SOURCE_LISTEN", value_delimiter = ',')]
+    #[serde(default)]
+    pub source_listen: Vec<ListenAddr>,
+    /// Listen for administrators (AdminService) here: unix:/PATH. Repeatable
+    #[arg(long, env = "SHOOTDOWND_ADMIN_LISTEN", value_delimiter = ',')]
+    #[serde(default)]
+    pub admin_listen: Vec<ListenAddr>,
+    /// Users that may call the source and administrator services, beside root and the daemon's own. Repeatable
+    #[arg(long, env = "SHOOTDOWND_ALLOW_UID", value_delimiter = ',')]
+    #[serde(default)]
+    pub allow_uid: Vec<u32>,
+    /// Listen in plaintext on addresses that other machines can reach
+    #[arg(long, env = "SHOOTDOWND_INSECURE")]
+    #[serde(default)]
+    pub insecure: bool,
+    /// Threads for sessions, each with a runtime of its own [default: one a core]
+    #[arg(long, env = "SHOOTDOWND_SHARDS")]
+    pub shards: Option<usize>,
+    /// How long a device may use its translations after it last asked [default: 10s]
+    #[arg(long, env = "SHOOTDOWND_LEASE")]
+    pub lease: Option<Span>,
+    /// The most by which a device's clock and the host's differ, in parts per million [default: 600]
+    #[arg(long, env = "SHOOTDOWND_LEASE_DRIFT_PPM")]
+    pub lease_drift_ppm: Option<u32>,
+    /// Added to a lease on the host, taken away from it on the device [default: 100ms]
+    #[arg(long, env = "SHOOTDOWND_LEASE_MARGIN")]
+    pub lease_margin: Option<Span>,
+    /// How long a device may owe an ack before it is suspect and its lease not renewed [default: 1s]
+    #[arg(long, env = "SHOOTDOWND_ACK_TIMEOUT")]
+    pub ack_timeout: Option<Span>,
+    /// The most notices of a session that are sent and not acked [default: 64]
+    #[arg(long, env = "SHOOTDOWND_WINDOW")]
+    pub window: Option<u32>,
+    /// The most ranges of a session that are kept apart while they are not sent [default: 1024]
+    #[arg(long, env = "SHOOTDOWND_MAX_PENDING")]
+    pub max_pending: Option<usize>,
+    /// The most sessions [default: 4096]
+    #[arg(long, env = "SHOOTDOWND_MAX_SESSIONS")]
+    pub max_sessions: Option<usize>,
+    /// The most subscriptions of a session [default: 1024]
+    #[arg(long, env = "SHOOTDOWND_MAX_SUBSCRIPTIONS")]
+    pub max_subscriptions: Option<usize>,
+    /// The most faults of a session that wait [default: 256]
+    #[arg(long, env = "SHOOTDOWND_MAX_FAULTS_IN_FLIGHT")]
+    pub max_faults_in_flight: Option<usize>,
+    /// The most address spaces [default: 4096]
+    #[arg(long, env = "SHOOTDOWND_MAX_ADDRESS_SPACES")]
+    pub max_address_spaces: Option<usize>,
+    /// The most rounds in flight of an address space [default: 16384]
+    #[arg(long, env = "SHOOTDOWND_MAX_ROUNDS_IN_FLIGHT")]
+    pub max_rounds_in_flight: Option<usize>,
+    /// Frames of 4 KiB of the memory source [default: 16384]
+    #[arg(long, env = "SHOOTDOWND_MEMORY_FRAMES")]
+    pub memory_frames: Option<usize>,
+    /// Ask devices when they received and flushed each notice
+    #[arg(long, env = "SHOOTDOWND_STAGE_TIMING")]
+    #[serde(default)]
+    pub stage_timing: bool,
+    /// How long devices have to leave when the daemon stops [default: 10s]
+    #[arg(long, env = "SHOOTDOWND_DRAIN_TIMEOUT")]
+    pub drain_timeout: Option<Span>,
+}
+
+/// Everything that a host agent needs to start.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// For devices.
+    pub listen: Vec<ListenAddr>,
+    /// For sources.
+    pub source_listen: Vec<ListenAddr>,
+    /// For administrators.
+    pub admin_listen: Vec<ListenAddr>,
+    /// Users with leave for the latter two.
+    pub allow_uids: Vec<u32>,
+    /// Threads for sessions.
+    pub shards: usize,
+    /// Frames of the memory source.
+    pub memory_frames: usize,
+    /// How long devices have to leave.
+    pub drain_timeout: Duration,
+    /// The rules' limits.
+    pub host: HostConfig,
+}
+
+/// Why settings make no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read the config file {path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("the config file {path} is not valid")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        error: Box<toml::de::Error>,
+    },
+    /// Nothing to listen on.
+    #[error("nothing to listen on; give --listen, for example --listen 127.0.0.1:7400")]
+    NoListener,
+    /// A TCP address for privileged callers.
+    #[error(
+        "{address} is no Unix socket; sources and administrators are known by their credentials, which TCP does not have"
+    )]
+    NotUnix {
+        /// Which.
+        address: ListenAddr,
+    },
+    /// Plaintext that leaves the machine.
+    #[error(
+        "{address} can be reached from other machines, and there is no encryption; listen on loopback or a Unix socket, or say --insecure"
+    )]
+    Plaintext {
+        /// Which.
+        address: ListenAddr,
+    },
+    /// A number that cannot work.
+    #[error("{setting} is {value}; it must be {expected}")]
+    Value {
+        /// Which.
+        setting: &'static str,
+        /// What it is.
+        value: String,
+        /// What would do.
+        expected: &'static str,
+    },
+}
+
+impl Settings {
+    /// Reads settings from a file.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`], [`ConfigError::Parse`].
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.into(), error })?;
+        toml::from_str(&text)
+            .map_err(|error| ConfigError::Parse { path: path.into(), error: Box::new(error) })
+    }
+
+    /// These settings, and those of `file` where these say nothing.
+    #[must_use]
+    pub fn or(self, file: Self) -> Self {
+        let list = |own: Vec<_>, other: Vec<_>| if own.is_empty() { other } else { own };
+        Self {
+            listen: list(self.listen, file.listen),
+            source_listen: list(self.source_listen, file.source_listen),
+            admin_listen: list(self.admin_listen, file.admin_listen),
+            allow_uid: if self.allow_uid.is_empty() { file.allow_uid } else { self.allow_uid },
+            insecure: self.insecure || file.insecure,
+            shards: self.shards.or(file.shards),
+            lease: self.lease.or(file.lease),
+            lease_drift_ppm: self.lease_drift_ppm.or(file.lease_drift_ppm),
+            lease_margin: self.lease_margin.or(file.lease_margin),
+            ack_timeout: self.ack_timeout.or(file.ack_timeout),
+            window: self.window.or(file.window),
+            max_pending: self.max_pending.or(file.max_pending),
+            max_sessions: self.max_sessions.or(file.max_sessions),
+            max_subscriptions: self.max_subscriptions.or(file.max_subscriptions),
+            max_faults_in_flight: self.max_faults_in_flight.or(file.max_faults_in_flight),
+            max_address_spaces: self.max_address_spaces.or(file.max_address_spaces),
+            max_rounds_in_flight: self.max_rounds_in_flight.or(file.max_rounds_in_flight),
+            memory_frames: self.memory_frames.or(file.memory_frames),
+            stage_timing: self.stage_timing || file.stage_timing,
+            drain_timeout: self.drain_timeout.or(file.drain_timeout),
+        }
+    }
+
+    /// Checks the settings and fills in the defaults.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming the setting and what would do.
+    pub fn resolve(self) -> Result<Config, ConfigError> {
+        if self.listen.is_empty() {
+            return Err(ConfigError::NoListener);
+        }
+        if let Some(address) = self.listen.iter().find(|address| !address.is_local() && !self.insecure) {
+            return Err(ConfigError::Plaintext { address: address.clone() });
+        }
+        let privileged = self.source_listen.iter().chain(&self.admin_listen);
+        if let Some(address) = privileged.into_iter().find(|address| !matches!(address, ListenAddr::Unix(_)))
+        {
+            return Err(ConfigError::NotUnix { address: address.clone() });
+        }
+        let session = self.session()?;
+        let own = rustix::process::geteuid().as_raw();
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Ok(Config {
+            allow_uids: [0, own].into_iter().chain(self.allow_uid).collect(),
+            shards: at_least_one("shards", self.shards.unwrap_or(cores))?,
+            memory_frames: at_least_one(
+                "memory_frames",
+                self.memory_frames.unwrap_or(DEFAULT_MEMORY_FRAMES),
+            )?,
+            drain_timeout: self.drain_timeout.map_or(DEFAULT_DRAIN, |span| span.0),
+            host: HostConfig {
+                session,
+                max_sessions: at_least_one("max_sessions", self.max_sessions.unwrap_or(DEFAULT_SESSIONS))?,
+                max_address_spaces: at_least_one(
+                    "max_address_spaces",
+                    self.max_address_spaces.unwrap_or(DEFAULT_ADDRESS_SPACES),
+                )?,
+                max_rounds_in_flight: at_least_one(
+                    "max_rounds_in_flight",
+                    self.max_rounds_in_flight.unwrap_or(DEFAULT_ROUNDS_IN_FLIGHT),
+                )?,
+                stage_timing: self.stage_timing,
+                incarnation: incarnation(),
+                clock: Clock::BOOTTIME,
+            },
+            listen: self.listen,
+            source_listen: self.source_listen,
+            admin_listen: self.admin_listen,
+        })
+    }
+
+    fn session(&self) -> Result<SessionConfig, ConfigError> {
+        let defaults = SessionConfig::default();
+        let lease = LeaseTerms {
+            duration: self.lease.map_or(defaults.lease.duration, |span| span.0),
+            drift_ppm: self.lease_drift_ppm.unwrap_or(defaults.lease.drift_ppm),
+            margin: self.lease_margin.map_or(defaults.lease.margin, |span| span.0),
+        };
+        if lease.device_duration().is_zero() {
+            return Err(ConfigError::Value {
+                setting: "lease",
+                value: format!("{:?}", lease.duration),
+                expected: "longer than its margin and drift together, or no device could ever use it",
+            });
+        }
+        let ack_timeout = self.ack_timeout.map_or(defaults.ack_timeout, |span| span.0);
+        if ack_timeout.is_zero() {
+            return Err(ConfigError::Value {
+                setting: "ack_timeout",
+                value: format!("{ack_timeout:?}"),
+                expected: "longer than 0",
+            });
+        }
+        Ok(SessionConfig {
+            lease,
+            ack_timeout,
+            outbox: OutboxLimits {
+                window: at_least_one("window", self.window.unwrap_or(defaults.outbox.window))?,
+                max_pending: at_least_one(
+                    "max_pending",
+                    self.max_pending.unwrap_or(defaults.outbox.max_pending),
+                )?,
+            },
+            max_subscriptions: self.max_subscriptions.unwrap_or(defaults.max_subscriptions),
+            max_faults_in_flight: self.max_faults_in_flight.unwrap_or(defaults.max_faults_in_flight),
+            ..defaults
+        })
+    }
+}
+
+fn at_least_one<T: PartialOrd + From<u8> + ToString>(
+    setting: &'static str,
+    value: T,
+) -> Result<T, ConfigError> {
+    if value < T::from(1) {
+        return Err(ConfigError::Value { setting, value: value.to_string(), expected: "at least 1" });
+    }
+    Ok(value)
+}
+
+/// The time of the start, in nanoseconds: higher than that of any earlier run whose clock was right.
+fn incarnation() -> Incarnation {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    let nanos = u64::try_from(now.tv_sec).unwrap_or(0).saturating_mul(1_000_000_000);
+    Incarnation::new(nanos.saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0)))
+        .unwrap_or(Incarnation::FIRST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(text: &str) -> Result<Config, String> {
+        let settings: Settings = toml::from_str(text).map_err(|error| error.to_string())?;
+        settings.resolve().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_wrong_setting_is_refused_by_name_with_what_would_do() {
+        let refused = |text: &str| settings(text).unwrap_err();
+        assert!(refused("").contains("--listen"));
+        assert!(refused("listne = ['127.0.0.1:1']").contains("listne"));
+        assert!(refused("listen = ['127.0.0.1']").contains("IP:PORT"));
+        assert!(refused("listen = ['127.0.0.1:1']\nwindow = 0").contains("window is 0"));
+        assert!(refused("listen = ['127.0.0.1:1']\nlease = '50ms'").contains("lease"));
+        assert!(refused("listen = ['127.0.0.1:1']\nlease = 'soon'").contains("lease"));
+        assert!(
+            refused("listen = ['127.0.0.1:1']\nadmin_listen = ['127.0.0.1:2']").contains("no Unix socket")
+        );
+    }
+
+    #[test]
+    fn plaintext_that_leaves_the_machine_must_be_asked_for() {
+        assert!(settings("listen = ['0.0.0.0:1']").unwrap_err().contains("--insecure"));
+        assert!(settings("listen = ['0.0.0.0:1']\ninsecure = true").is_ok());
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file() {
+        let file: Settings = toml::from_str("listen = ['127.0.0.1:1']\nwindow = 7\nlease = '3s'").unwrap();
+        let flags = Settings { window: Some(9), ..Settings::default() };
+        let config = flags.or(file).resolve().unwrap();
+        assert_eq!(config.host.session.outbox.window, 9);
+        assert_eq!(config.host.session.lease.duration, Duration::from_secs(3));
+        assert_eq!(config.listen, ["127.0.0.1:1".parse().unwrap()]);
+    }
+}

@@ -1,0 +1,181 @@
+//! [2 of 9] Which address spaces there are, and who must hear of what happens in each.
+//!
+//! The map of address spaces is the only shared map that every event touches. Whoever looks
+//! something up copies the handle out and drops the guard before working on it; no guard of the map
+//! leaves this file.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use dashmap::DashMap;
+use parking_lot::Mutex;
+use shootdown_core::gate::GrantGate;
+use shootdown_core::interest::{Interest, Subscription};
+use shootdown_core::young::YoungBits;
+use shootdown_core::{AddressSpaceId, Seq, SubscriptionId};
+use srcu::Srcu;
+use tokio::sync::{Notify, Semaphore};
+
+use crate::completion::WaitingRound;
+use crate::session::SessionHandle;
+use crate::source::{NotifyError, Translate};
+
+/// Every address space of this host agent, by its id.
+///
+/// The price of a map of its own for each host agent instead of a global one: a handle has to be
+/// passed around. What it buys: two host agents in one process (tests, a VMM with two guests) do not
+/// know of each other.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    spaces: DashMap<AddressSpaceId, Arc<AddressSpace>>,
+    next: Mutex<Numbers>,
+    most: usize,
+    rounds_per_space: usize,
+}
+
+/// Ids are handed out here and never used twice.
+#[derive(Debug)]
+struct Numbers {
+    address_space: AddressSpaceId,
+    subscription: SubscriptionId,
+}
+
+impl Directory {
+    pub(crate) fn new(most: usize, rounds_per_space: usize) -> Self {
+        Self {
+            spaces: DashMap::new(),
+            next: Mutex::new(Numbers {
+                address_space: AddressSpaceId::FIRST,
+                subscription: SubscriptionId::FIRST,
+            }),
+            most,
+            rounds_per_space,
+        }
+    }
+
+    /// Makes an address space known.
+    pub(crate) fn register(
+        &self,
+        name: &str,
+        source: Arc<dyn Translate>,
+    ) -> Result<Arc<AddressSpace>, NotifyError> {
+        let mut next = self.next.lock();
+        if self.spaces.len() >= self.most {
+            return Err(NotifyError::TooManyAddressSpaces { most: self.most });
+        }
+        let id = next.address_space;
+        next.address_space = id.next();
+        let space = Arc::new(AddressSpace::new(id, name, source, self.rounds_per_space));
+        self.spaces.insert(id, Arc::clone(&space));
+        Ok(space)
+    }
+
+    pub(crate) fn get(&self, id: AddressSpaceId) -> Option<Arc<AddressSpace>> {
+        self.spaces.get(&id).map(|space| Arc::clone(&space))
+    }
+
+    /// The address space, or the error that tells a source that there is none.
+    pub(crate) fn expect(&self, id: AddressSpaceId) -> Result<Arc<AddressSpace>, NotifyError> {
+        self.get(id).ok_or(NotifyError::AddressSpaceUnknown(id))
+    }
+
+    /// Forgets an address space, after its release.
+    pub(crate) fn forget(&self, id: AddressSpaceId) {
+        self.spaces.remove(&id);
+    }
+
+    pub(crate) fn next_subscription(&self) -> SubscriptionId {
+        let mut next = self.next.lock();
+        let id = next.subscription;
+        next.subscription = id.next();
+        id
+    }
+
+    /// All of them, in ascending order of their ids: a copy, for listings.
+    pub(crate) fn list(&self) -> Vec<Arc<AddressSpace>> {
+        let mut spaces: Vec<_> = self.spaces.iter().map(|entry| Arc::clone(entry.value())).collect();
+        spaces.sort_unstable_by_key(|space| space.id);
+        spaces
+    }
+}
+
+/// One address space: its order, its subscribers, its rounds.
+///
+/// Three locks, none of them ever held across an await, and never two at a time: `order` for what
+/// must happen in one order (sequence, brackets, grants), `rounds` for the listing, `young` for the
+/// bits. The subscriber list is read under SRCU, in a domain of its own: a slow round delays the
+/// unsubscribers of this address space and of no other (Isolation).
+pub(crate) struct AddressSpace {
+    pub(crate) id: AddressSpaceId,
+    pub(crate) name: String,
+    pub(crate) source: Arc<dyn Translate>,
+    pub(crate) subscribers: Srcu<Interest<Arc<SessionHandle>>>,
+    pub(crate) order: Mutex<Order>,
+    pub(crate) rounds: Mutex<BTreeMap<Seq, Arc<WaitingRound>>>,
+    pub(crate) young: Mutex<YoungBits>,
+    /// Rings when a bracket ends: faults that were held look again.
+    pub(crate) bracket_ended: Notify,
+    /// One permit a round in flight. A source that can wait waits for one: back-pressure, not loss.
+    pub(crate) permits: Arc<Semaphore>,
+    pub(crate) most_rounds: usize,
+}
+
+/// What must happen in one order.
+#[derive(Debug, Default)]
+pub(crate) struct Order {
+    pub(crate) gate: GrantGate,
+    /// Its release has begun: no event, no subscription and no grant after it.
+    pub(crate) released: bool,
+}
+
+impl AddressSpace {
+    fn new(id: AddressSpaceId, name: &str, source: Arc<dyn Translate>, most_rounds: usize) -> Self {
+        let domain = srcu::Domain::new(format!("address space {id} ({name})"));
+        Self {
+            id,
+            name: name.to_owned(),
+            source,
+            subscribers: Srcu::new(domain, Interest::default()),
+            order: Mutex::default(),
+            rounds: Mutex::default(),
+            young: Mutex::default(),
+            bracket_ended: Notify::new(),
+            permits: Arc::new(Semaphore::new(most_rounds)),
+            most_rounds,
+        }
+    }
+
+    /// Publishes a subscription, then reads the sequence: in this order, so that an event which the
+    /// subscriber does not hear of is one whose bracket its first fault will meet (JoinCovers).
+    pub(crate) fn subscribe(
+        &self,
+        subscription: Subscription<Arc<SessionHandle>>,
+    ) -> Result<Option<Seq>, NotifyError> {
+        // The flag and the list change under one lock: a release either sees the subscriber, or the
+        // subscriber sees the release.
+        let order = self.order.lock();
+        if order.released {
+            return Err(NotifyError::Released(self.id));
+        }
+        self.subscribers.update(|interest| interest.subscribe(subscription));
+        Ok(order.gate.last_seq())
+    }
+
+    /// Its rounds that wait for a target.
+    pub(crate) fn rounds_in_flight(&self) -> usize {
+        self.rounds.lock().values().filter(|round| round.is_waiting()).count()
+    }
+
+    /// Takes a subscription from the list. It may be a target of rounds that have begun; whoever must
+    /// know that there are none left waits for `subscribers.synchronize()`.
+    pub(crate) fn unsubscribe(&self, subscription: SubscriptionId) {
+        self.subscribers
+            .update(|interest| interest.unsubscribe(subscription).unwrap_or_else(|| interest.clone()));
+    }
+}
+
+impl std::fmt::Debug for AddressSpace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AddressSpace").field("id", &self.id).field("name", &self.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,172 @@
+//! [3 of 9] Opens a round: sequence, bracket and targets in one step, then one notice into each
+//! target's outbox. All targets first, then wait: a round takes as long as its slowest device, not
+//! as long as all of them together.
+//!
+//! Nothing in here awaits. A caller that is dropped was either not dispatched at all, or its round is
+//! owned by its task already.
+
+use std::sync::Arc;
+
+use shootdown_core::interest::Target;
+use shootdown_core::round::{Outcome, TargetReport};
+use shootdown_core::{AddrRange, Cause, Event, Method, Moment, OwnerTag, Seq};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::task::TaskTracker;
+
+use crate::clock::Clock;
+use crate::completion::{self, Bracket, Owned, Token, WaitingRound};
+use crate::directory::AddressSpace;
+use crate::session::SessionHandle;
+use crate::source::NotifyError;
+
+/// What is to be dispatched.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Call {
+    pub(crate) range: AddrRange,
+    pub(crate) method: Method,
+    pub(crate) cause: Cause,
+    pub(crate) owner: Option<OwnerTag>,
+    pub(crate) bracket: Bracket,
+}
+
+/// What became of a call that must not wait.
+pub(crate) enum Dispatched {
+    /// The round is open, or complete already.
+    Open(Arc<WaitingRound>),
+    /// It has targets and may not wait: nothing was done.
+    WouldBlock(Vec<TargetReport>),
+}
+
+/// Whether a call may have targets.
+#[derive(Debug)]
+pub(crate) enum Leave {
+    /// It waits for its targets; the permit is its place among the rounds in flight.
+    ToWait(OwnedSemaphorePermit),
+    /// It is refused if it has one.
+    NotToWait,
+}
+
+impl AddressSpace {
+    /// Opens a round. The one lock that grants take as well makes sequence, bracket, spoiled tickets
+    /// and targets one step: a subscriber that this call does not see cannot have been granted
+    /// anything before it, and is held after it (JoinCovers, NoGrantInWindow).
+    pub(crate) fn open_round(
+        self: &Arc<Self>,
+        call: Call,
+        leave: Leave,
+        called: Moment,
+        clock: Clock,
+        tasks: &TaskTracker,
+    ) -> Result<Dispatched, NotifyError> {
+        let (seq, subscribers, targets, method) = {
+            let mut order = self.order.lock();
+            if order.released {
+                return Err(NotifyError::Released(self.id));
+            }
+            let subscribers = self.subscribers.read();
+            let targets = subscribers.targets(call.range, call.cause, call.method);
+            if !targets.is_empty() && matches!(leave, Leave::NotToWait) {
+                return Ok(Dispatched::WouldBlock(in_the_way(&targets)));
+            }
+            if call.method == Method::Release {
+                order.released = true;
+            }
+            let seq = order.gate.start(call.range);
+            (seq, subscribers, targets, degrade(call.method, seq, &order.gate))
+        };
+        let event = Event {
+            address_space: self.id,
+            seq,
+            range: call.range,
+            method,
+            cause: call.cause,
+            owner: call.owner,
+        };
+        let names = targets.iter().map(|target| (target.session, target.handle.device.clone()));
+        let round = Arc::new(WaitingRound::new(event, names, call.bracket, called, clock));
+        self.rounds.lock().insert(seq, Arc::clone(&round));
+        let permit = match leave {
+            Leave::ToWait(permit) => Some(permit),
+            Leave::NotToWait => None,
+        };
+        let owned = Owned { space: Arc::clone(self), section: subscribers.into_section(), permit };
+        match targets.first() {
+            None => completion::finish(&round, owned),
+            Some(first) => {
+                // On the first target's shard: its ack then wakes the round without leaving the core.
+                let shard = first.handle.shard.clone();
+                send(event, &targets, &round, clock.now());
+                round.on_dispatched(clock.now());
+                tasks.spawn_on(completion::own(Arc::clone(&round), owned), &shard);
+            }
+        }
+        Ok(Dispatched::Open(round))
+    }
+
+    /// Closes a bracket and lets the faults that it held look again.
+    pub(crate) fn end_bracket(&self, seq: Seq) {
+        let ended = self.order.lock().gate.end(seq);
+        let round = self.rounds.lock().remove(&seq);
+        let (Ok(range), Some(round)) = (ended, round) else { return };
+        self.bracket_ended.notify_waiters();
+        let (cause, owner) = round.look(|round| (round.event().cause, round.event().owner));
+        self.tell_range_end(Event {
+            address_space: self.id,
+            seq,
+            range,
+            method: Method::RangeEnd,
+            cause,
+            owner,
+        });
+    }
+
+    /// A hint to those who asked for it; nobody waits for it.
+    fn tell_range_end(&self, event: Event) {
+        let subscribers = self.subscribers.read();
+        for target in subscribers.targets(event.range, event.cause, event.method) {
+            target.handle.on_event(&event, None);
+        }
+    }
+}
+
+/// One notice into each target's outbox.
+fn send(event: Event, targets: &[Target<Arc<SessionHandle>>], round: &Arc<WaitingRound>, now: Moment) {
+    for (index, target) in targets.iter().enumerate() {
+        let token = Token { round: Arc::clone(round), target: index };
+        let event = Event { method: understood(event.method, &target.handle), ..event };
+        target.handle.on_event_at(&event, Some(token), now);
+    }
+}
+
+/// `change_pte` is a hint that is only valid while its bracket is the only one over the page: another
+/// event may be about to take away what it would install.
+fn degrade(method: Method, seq: Seq, gate: &shootdown_core::gate::GrantGate) -> Method {
+    match method {
+        Method::ChangePte(translation) if !gate.sole_over(seq, translation.range) => Method::Invalidate,
+        other => other,
+    }
+}
+
+/// A device that does not know `change_pte` is told to invalidate.
+fn understood(method: Method, session: &SessionHandle) -> Method {
+    match method {
+        Method::ChangePte(_) if !session.change_pte => Method::Invalidate,
+        other => other,
+    }
+}
+
+fn in_the_way(targets: &[Target<Arc<SessionHandle>>]) -> Vec<TargetReport> {
+    targets
+        .iter()
+        .map(|target| TargetReport {
+            session: target.session,
+            device: target.handle.device.clone(),
+            outcome: Outcome::Waiting,
+            elapsed: None,
+            young: false,
+            sent_after: None,
+            timing: None,
+            resolved_at: None,
+        })
+        .collect()
+}

@@ -1,0 +1,381 @@
+//! The host agent: the notifier methods on one side, the devices' sessions on the other.
+//!
+//! This file is the way of an invalidation in one place; each method of [`Notifier`] reads from top
+//! to bottom as the stages do.
+
+use std::sync::Arc;
+
+use shootdown_core::session::SessionConfig;
+use shootdown_core::{
+    AddrRange, AddressSpaceId, Cause, Incarnation, Method, Moment, OwnerTag, PageSize, Seq, Translation,
+};
+use tokio::sync::TryAcquireError;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::clock::Clock;
+use crate::completion::{Bracket, End, WaitingRound};
+use crate::directory::{AddressSpace, Directory};
+use crate::dispatch::{Call, Dispatched, Leave};
+use crate::session::registry::Registry;
+use crate::source::{Invalidation, Notifier, NotifyError, RoundResult, RoundTimes, Translate, Verdict, Wait};
+
+/// What a host agent allows and expects.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
+    /// Leases, windows and quotas of each session.
+    pub session: SessionConfig,
+    /// Sessions at a time.
+    pub max_sessions: usize,
+    /// Address spaces at a time.
+    pub max_address_spaces: usize,
+    /// Rounds in flight at a time, in one address space. A source that can wait waits for a place.
+    pub max_rounds_in_flight: usize,
+    /// Ask the devices to say when they received and flushed each notice. Costs a report an ack.
+    pub stage_timing: bool,
+    /// This run of the host agent: higher than that of any earlier run.
+    pub incarnation: Incarnation,
+    /// What leases and rounds are measured on.
+    pub clock: Clock,
+}
+
+/// A host agent's rules and state, without its listeners. Cheap to clone.
+///
+/// Everything is reached through here and nothing is global. The price is one `Arc` more on each
+/// path; what it buys is that a VMM can embed several, and that a test owns the one it looks at.
+#[derive(Debug, Clone)]
+pub struct Host(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    config: HostConfig,
+    directory: Directory,
+    registry: Registry,
+    /// Owns the rounds, the faults, the sessions.
+    tasks: TaskTracker,
+    /// Cancelled when the host agent begins to stop.
+    stopping: CancellationToken,
+    /// Where tasks run that belong to no session.
+    control: tokio::runtime::Handle,
+}
+
+impl Host {
+    /// A host agent that knows of nothing yet. Tasks that belong to no session run on `control`.
+    #[must_use]
+    pub fn new(config: HostConfig, control: tokio::runtime::Handle) -> Self {
+        let directory = Directory::new(config.max_address_spaces, config.max_rounds_in_flight);
+        let registry = Registry::new(config.max_sessions);
+        Self(Arc::new(Inner {
+            config,
+            directory,
+            registry,
+            tasks: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            control,
+        }))
+    }
+
+    pub(crate) fn directory(&self) -> &Directory {
+        &self.0.directory
+    }
+
+    pub(crate) fn registry(&self) -> &Registry {
+        &self.0.registry
+    }
+
+    pub(crate) fn tasks(&self) -> &TaskTracker {
+        &self.0.tasks
+    }
+
+    pub(crate) fn stopping(&self) -> &CancellationToken {
+        &self.0.stopping
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.0.stopping.is_cancelled()
+    }
+
+    pub(crate) fn session_config(&self) -> SessionConfig {
+        self.0.config.session
+    }
+
+    pub(crate) fn wants_timing(&self) -> bool {
+        self.0.config.stage_timing
+    }
+
+    pub(crate) fn incarnation(&self) -> Incarnation {
+        self.0.config.incarnation
+    }
+
+    /// What leases and rounds are measured on.
+    #[must_use]
+    pub fn clock(&self) -> Clock {
+        self.0.config.clock
+    }
+
+    /// Rounds that wait for a target, in all address spaces.
+    #[must_use]
+    pub fn rounds_in_flight(&self) -> usize {
+        self.directory().list().iter().map(|space| space.rounds_in_flight()).sum()
+    }
+
+    /// Waits for a round that was not quiesced when its caller's time passed. Waiting twice gives the
+    /// same answer twice. Once its bracket has ended only the verdict is known any more, not the
+    /// targets.
+    ///
+    /// # Errors
+    /// [`NotifyError::BracketUnknown`] when there was no such event, [`NotifyError::AddressSpaceUnknown`].
+    ///
+    /// # Cancel safety
+    /// Cancel safe: nothing about the round changes.
+    pub async fn await_round(
+        &self,
+        address_space: AddressSpaceId,
+        seq: Seq,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        let called = self.clock().now();
+        let space = self.directory().expect(address_space)?;
+        let waiting = space.rounds.lock().get(&seq).cloned();
+        if let Some(round) = waiting {
+            return Ok(round.wait(wait).await);
+        }
+        // A round is listed before its sequence can be known to anybody, and leaves the list complete.
+        if Some(seq) > space.order.lock().gate.last_seq() {
+            return Err(NotifyError::BracketUnknown { address_space, seq });
+        }
+        Ok(self.nothing_waits(Verdict::Quiesced, Some(seq), called))
+    }
+
+    /// [1] to [3]: takes a place among the rounds in flight, then opens the round. Until the place is
+    /// there nothing has happened; after it nothing awaits.
+    async fn open(
+        &self,
+        space: &Arc<AddressSpace>,
+        call: Call,
+        wait: Wait,
+        called: Moment,
+    ) -> Result<Dispatched, NotifyError> {
+        let leave = match wait {
+            Wait::NotAtAll => Leave::NotToWait,
+            Wait::ForTargets | Wait::AtMost(_) => place(space, wait).await?,
+        };
+        if self.is_stopping() && call.method != Method::Release {
+            return Err(NotifyError::Stopping);
+        }
+        space.open_round(call, leave, called, self.clock(), self.tasks())
+    }
+
+    /// A whole method whose bracket is its own: opens, waits, and the round's task ends the bracket.
+    async fn bracketed(
+        &self,
+        address_space: AddressSpaceId,
+        method: Method,
+        range: AddrRange,
+        (cause, owner): (Cause, Option<OwnerTag>),
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        let called = self.clock().now();
+        let space = self.directory().expect(address_space)?;
+        let call = Call { range, method, cause, owner, bracket: Bracket::TaskEnds };
+        match self.open(&space, call, wait, called).await? {
+            Dispatched::Open(round) => Ok(round.wait(wait).await),
+            Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
+        }
+    }
+
+    /// `invalidate_page`, on somebody's behalf.
+    pub(crate) async fn invalidate_page_for(
+        &self,
+        address_space: AddressSpaceId,
+        address: u64,
+        cause: Cause,
+        owner: Option<OwnerTag>,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        let page = AddrRange::page_of(address, PageSize::BASE);
+        self.bracketed(address_space, Method::Invalidate, page, (cause, owner), wait).await
+    }
+
+    /// A young query: the devices' bits, and what they reported before it.
+    async fn young(
+        &self,
+        address_space: AddressSpaceId,
+        method: Method,
+        range: AddrRange,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        let space = self.directory().expect(address_space)?;
+        let mut result = self.bracketed(address_space, method, range, (Cause::Clear, None), wait).await?;
+        if result.verdict != Verdict::WouldBlock {
+            result.young |= space.young.lock().clear(range);
+        }
+        Ok(result)
+    }
+
+    fn would_block(&self, targets: Vec<shootdown_core::round::TargetReport>, called: Moment) -> RoundResult {
+        RoundResult { targets, ..self.nothing_waits(Verdict::WouldBlock, None, called) }
+    }
+
+    fn nothing_waits(&self, verdict: Verdict, seq: Option<Seq>, called: Moment) -> RoundResult {
+        let times = RoundTimes { called, dispatched: called, resolved: None, answered: self.clock().now() };
+        RoundResult { verdict, seq, targets: Vec::new(), young: false, times }
+    }
+
+    /// Runs to its end whatever becomes of the caller: see [`Notifier::release`].
+    async fn release_to_its_end(self, space: Arc<AddressSpace>) -> Result<RoundResult, NotifyError> {
+        let called = self.clock().now();
+        let call = Call {
+            range: AddrRange::ALL,
+            method: Method::Release,
+            cause: Cause::Release,
+            owner: None,
+            bracket: Bracket::NeverEnds,
+        };
+        let result = match self.open(&space, call, Wait::ForTargets, called).await? {
+            Dispatched::Open(round) => {
+                // Held faults look again, and find the address space released.
+                space.bracket_ended.notify_waiters();
+                round.wait(Wait::ForTargets).await
+            }
+            Dispatched::WouldBlock(targets) => return Ok(self.would_block(targets, called)),
+        };
+        let subscribers = space.subscribers.update_with(|interest| {
+            let handles: Vec<_> =
+                interest.subscriptions().map(|subscription| Arc::clone(&subscription.handle)).collect();
+            (shootdown_core::interest::Interest::default(), handles)
+        });
+        for session in subscribers {
+            session.on_released(space.id);
+        }
+        space.subscribers.synchronize().await;
+        self.directory().forget(space.id);
+        Ok(result)
+    }
+}
+
+impl Notifier for Host {
+    fn register(&self, name: &str, source: Arc<dyn Translate>) -> Result<AddressSpaceId, NotifyError> {
+        if self.is_stopping() {
+            return Err(NotifyError::Stopping);
+        }
+        let space = self.directory().register(name, source)?;
+        tracing::debug!(address_space = space.id.get(), name, source = space.source.source(), "registered");
+        Ok(space.id)
+    }
+
+    async fn invalidate_range_start(&self, invalidation: Invalidation) -> Result<RoundResult, NotifyError> {
+        let called = self.clock().now();
+        let Invalidation { address_space, range, cause, owner, wait } = invalidation;
+        let space = self.directory().expect(address_space)?;
+        let call = Call { range, method: Method::Invalidate, cause, owner, bracket: Bracket::CallerEnds };
+        match self.open(&space, call, wait, called).await? {
+            Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
+            Dispatched::Open(round) => {
+                let mut caller = Unanswered { space: &space, round: &round, answered: false };
+                let result = round.wait(wait).await;
+                caller.answered = true;
+                Ok(result)
+            }
+        }
+    }
+
+    fn invalidate_range_end(&self, address_space: AddressSpaceId, seq: Seq) -> Result<(), NotifyError> {
+        let space = self.directory().expect(address_space)?;
+        let round = space.rounds.lock().get(&seq).cloned();
+        match round.map(|round| round.on_end()) {
+            Some(End::Now) => space.end_bracket(seq),
+            Some(End::WhenComplete) => {}
+            Some(End::NotTheCallers) | None => {
+                return Err(NotifyError::BracketUnknown { address_space, seq });
+            }
+        }
+        Ok(())
+    }
+
+    async fn invalidate_page(
+        &self,
+        address_space: AddressSpaceId,
+        address: u64,
+        cause: Cause,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        self.invalidate_page_for(address_space, address, cause, None, wait).await
+    }
+
+    async fn change_pte(
+        &self,
+        address_space: AddressSpaceId,
+        translation: Translation,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        let method = Method::ChangePte(translation);
+        self.bracketed(address_space, method, translation.range, (Cause::Clear, None), wait).await
+    }
+
+    async fn clear_flush_young(
+        &self,
+        address_space: AddressSpaceId,
+        range: AddrRange,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        self.young(address_space, Method::ClearFlushYoung, range, wait).await
+    }
+
+    async fn clear_young(
+        &self,
+        address_space: AddressSpaceId,
+        range: AddrRange,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        self.young(address_space, Method::ClearYoung, range, wait).await
+    }
+
+    fn test_young(&self, address_space: AddressSpaceId, range: AddrRange) -> Result<bool, NotifyError> {
+        let space = self.directory().expect(address_space)?;
+        let young = space.young.lock().test(range);
+        Ok(young)
+    }
+
+    async fn release(&self, address_space: AddressSpaceId) -> Result<RoundResult, NotifyError> {
+        let space = self.directory().expect(address_space)?;
+        let whole = self.0.tasks.spawn_on(self.clone().release_to_its_end(space), &self.0.control);
+        // The task is not aborted and does not panic, so this fails only when the runtime is gone.
+        whole.await.unwrap_or(Err(NotifyError::Stopping))
+    }
+}
+
+/// A bracket whose caller has not been answered yet. If it never is, because its future was dropped,
+/// nobody knows the sequence to end the bracket by, and the start counts as aborted (Pairing): the
+/// bracket ends as soon as the round is complete, and never before.
+struct Unanswered<'a> {
+    space: &'a Arc<AddressSpace>,
+    round: &'a Arc<WaitingRound>,
+    answered: bool,
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if !self.answered && self.round.on_end() == End::Now {
+            self.space.end_bracket(self.round.look(|round| round.event().seq));
+        }
+    }
+}
+
+async fn place(space: &AddressSpace, wait: Wait) -> Result<Leave, NotifyError> {
+    let full = || NotifyError::TooManyRounds { address_space: space.id, most: space.most_rounds };
+    let permits = Arc::clone(&space.permits);
+    match Arc::clone(&permits).try_acquire_owned() {
+        Ok(permit) => return Ok(Leave::ToWait(permit)),
+        Err(TryAcquireError::NoPermits) => {}
+        Err(TryAcquireError::Closed) => return Err(NotifyError::Stopping),
+    }
+    let acquired = match wait {
+        Wait::NotAtAll => return Err(full()),
+        Wait::AtMost(limit) => {
+            tokio::time::timeout(limit, permits.acquire_owned()).await.map_err(|_| full())?
+        }
+        Wait::ForTargets => permits.acquire_owned().await,
+    };
+    acquired.map(Leave::ToWait).map_err(|_| NotifyError::Stopping)
+}

@@ -1,0 +1,37 @@
+//! The host agent of Shootdown, as a library: embed it in a VMM, or run it as `shootdownd`.
+//!
+//! An invalidation goes through these modules, in this order (`docs/architecture.md` follows one step
+//! by step):
+//!
+//! ```text
+//!  [1] source ── [2] directory ── [3] dispatch ── [4] session::stream ──▶ the device
+//!                                                                              │ [5] flush
+//!  [9] source ◀─ [8] completion ◀──────────────── [7] session::task ◀── [6] ack┘
+//! ```
+//!
+//! # Embedding
+//!
+//! [`start()`] takes a [`config::Config`] and returns a [`Running`] host agent with threads of its own;
+//! its [`Host`] is a [`source::Notifier`], whose methods are those of the kernel's
+//! `struct mmu_notifier_ops`.
+#![forbid(unsafe_code)]
+
+pub mod clock;
+pub mod config;
+pub mod source;
+mod directory;
+mod dispatch;
+mod session;
+mod completion;
+mod host;
+mod service;
+mod status;
+mod listen;
+mod shard;
+mod watchdog;
+mod start;
+pub mod telemetry;
+
+pub use host::{Host, HostConfig};
+pub use listen::{ListenAddr, ListenAddrError};
+pub use start::{Addresses, Running, StartError, start};

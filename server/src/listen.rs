@@ -1,0 +1,286 @@
+//! Sockets: where the host agent listens, what it knows of a peer, and who has leave.
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use shootdown_proto::error::{Reason, status};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tonic::transport::server::Connected;
+use tonic::{Request, Status};
+
+/// Where to listen: `HOST:PORT`, `tcp://HOST:PORT` or `unix:PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ListenAddr {
+    /// TCP. Port 0 takes a free one.
+    Tcp(SocketAddr),
+    /// A Unix socket. A socket file that nobody listens on is replaced.
+    Unix(PathBuf),
+}
+
+/// A text that names no place to listen at.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is no listen address; write IP:PORT, tcp://IP:PORT, or unix:/PATH")]
+pub struct ListenAddrError {
+    text: String,
+}
+
+impl FromStr for ListenAddr {
+    type Err = ListenAddrError;
+
+    fn from_str(text: &str) -> Result<Self, ListenAddrError> {
+        let error = || ListenAddrError { text: text.to_owned() };
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            return if path.starts_with('/') { Ok(Self::Unix(path.into())) } else { Err(error()) };
+        }
+        let address = text.strip_prefix("tcp://").unwrap_or(text);
+        address.parse().map(Self::Tcp).map_err(|_| error())
+    }
+}
+
+impl fmt::Display for ListenAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "tcp://{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl ListenAddr {
+    /// Whether what is sent there stays on this machine.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(address) => address.ip().is_loopback(),
+            Self::Unix(_) => true,
+        }
+    }
+}
+
+/// A socket that listens.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+/// Who may do more than a device may.
+#[derive(Debug, Clone)]
+pub(crate) struct Leave {
+    /// The uids that have it.
+    pub(crate) uids: Arc<[u32]>,
+}
+
+impl Listener {
+    /// Listens. A Unix socket for `privileged` callers is its owner's alone.
+    pub(crate) fn bind(address: &ListenAddr, privileged: bool) -> io::Result<Self> {
+        match address {
+            ListenAddr::Tcp(address) => {
+                let listener = TcpListener::bind(address)?;
+                listener.set_nonblocking(true)?;
+                Ok(Self::Tcp(listener))
+            }
+            ListenAddr::Unix(path) => {
+                remove_stale(path)?;
+                let listener = UnixListener::bind(path)?;
+                if privileged {
+                    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+                }
+                listener.set_nonblocking(true)?;
+                Ok(Self::Unix(listener, path.clone()))
+            }
+        }
+    }
+
+    /// Where it listens, with the port that the kernel chose.
+    pub(crate) fn address(&self) -> io::Result<ListenAddr> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr().map(ListenAddr::Tcp),
+            Self::Unix(_, path) => Ok(ListenAddr::Unix(path.clone())),
+        }
+    }
+}
+
+/// A socket file outlives a host agent that was killed. One that answers is in use, and stays.
+fn remove_stale(path: &PathBuf) -> io::Result<()> {
+    match UnixStream::connect(path) {
+        Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on this socket")),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// An accepted connection that is not tied to a runtime yet: a shard takes it over.
+#[derive(Debug)]
+pub(crate) enum Accepted {
+    Tcp(TcpStream, Peer),
+    Unix(UnixStream, Peer),
+}
+
+/// What is known of a peer.
+#[derive(Debug, Clone)]
+pub(crate) struct Peer {
+    /// Its user, where the socket tells.
+    uid: Option<u32>,
+    /// Whether it may do more than a device may.
+    has_leave: bool,
+}
+
+/// A tokio listener.
+#[derive(Debug)]
+pub(crate) enum Acceptor {
+    Tcp(tokio::net::TcpListener),
+    Unix(tokio::net::UnixListener, Leave),
+}
+
+impl Acceptor {
+    /// Must be called in a runtime.
+    pub(crate) fn new(listener: Listener, leave: Leave) -> io::Result<Self> {
+        match listener {
+            Listener::Tcp(listener) => tokio::net::TcpListener::from_std(listener).map(Self::Tcp),
+            Listener::Unix(listener, _) => {
+                tokio::net::UnixListener::from_std(listener).map(|listener| Self::Unix(listener, leave))
+            }
+        }
+    }
+
+    /// # Cancel safety
+    /// Cancel safe: a connection that was not returned stays in the kernel's queue.
+    pub(crate) async fn accept(&self) -> io::Result<Accepted> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                // Notices and acks are small, and each is waited for.
+                stream.set_nodelay(true)?;
+                Ok(Accepted::Tcp(stream.into_std()?, Peer { uid: None, has_leave: false }))
+            }
+            Self::Unix(listener, leave) => {
+                let (stream, _) = listener.accept().await?;
+                let uid = stream.peer_cred()?.uid();
+                let peer = Peer { uid: Some(uid), has_leave: leave.uids.contains(&uid) };
+                Ok(Accepted::Unix(stream.into_std()?, peer))
+            }
+        }
+    }
+}
+
+/// A connection on a shard.
+#[derive(Debug)]
+pub(crate) enum Connection {
+    Tcp(tokio::net::TcpStream, Peer),
+    Unix(tokio::net::UnixStream, Peer),
+}
+
+impl Connection {
+    /// Ties an accepted connection to the runtime that this is called in.
+    pub(crate) fn adopt(accepted: Accepted) -> io::Result<Self> {
+        match accepted {
+            Accepted::Tcp(stream, peer) => {
+                tokio::net::TcpStream::from_std(stream).map(|stream| Self::Tcp(stream, peer))
+            }
+            Accepted::Unix(stream, peer) => {
+                tokio::net::UnixStream::from_std(stream).map(|stream| Self::Unix(stream, peer))
+            }
+        }
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        match self {
+            Self::Tcp(_, peer) | Self::Unix(_, peer) => peer.clone(),
+        }
+    }
+}
+
+/// # Errors
+/// PERMISSION_DENIED unless the caller's credentials give it leave.
+pub(crate) fn require_leave<T>(request: &Request<T>) -> Result<(), Status> {
+    let peer = request.extensions().get::<Peer>();
+    if peer.is_some_and(|peer| peer.has_leave) {
+        return Ok(());
+    }
+    let uid = peer.and_then(|peer| peer.uid).map_or("unknown".to_owned(), |uid| uid.to_string());
+    let message = format!("user {uid} has no leave here; add it with --allow-uid");
+    Err(status(Reason::PermissionDenied, message, &[("uid", uid)]))
+}
+
+macro_rules! forward {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match $self.get_mut() {
+            Self::Tcp($stream, _) => $call,
+            Self::Unix($stream, _) => $call,
+        }
+    };
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        forward!(self, stream => Pin::new(stream).poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        forward!(self, stream => Pin::new(stream).poll_write(cx, buf))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        forward!(self, stream => Pin::new(stream).poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        forward!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        forward!(self, stream => Pin::new(stream).poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_in_each_form_and_told_in_one() {
+        let parsed = |text: &str| text.parse::<ListenAddr>().map(|address| address.to_string());
+        assert_eq!(parsed("127.0.0.1:7400"), Ok("tcp://127.0.0.1:7400".to_owned()));
+        assert_eq!(parsed("tcp://[::1]:7400"), Ok("tcp://[::1]:7400".to_owned()));
+        assert_eq!(parsed("unix:/run/s.sock"), Ok("unix:/run/s.sock".to_owned()));
+        assert_eq!(parsed("unix:///run/s.sock"), Ok("unix:/run/s.sock".to_owned()));
+        assert!(parsed("unix:relative.sock").is_err());
+        assert!(parsed("localhost").is_err());
+    }
+
+    #[test]
+    fn a_socket_file_that_nobody_listens_on_is_replaced_and_a_live_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = ListenAddr::Unix(folder.path().join("s.sock"));
+        drop(Listener::bind(&address, true).unwrap());
+        let live = Listener::bind(&address, true).expect("the stale file is replaced");
+        let refused = Listener::bind(&address, true).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+        drop(live);
+    }
+}

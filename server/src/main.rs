@@ -1,0 +1,107 @@
+//! `shootdownd`: configuration, telemetry, run, exit code.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use shootdown_server::StartError;
+use shootdown_server::config::{Config, ConfigError, Settings};
+use shootdown_server::telemetry::{self, LogFormat};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The host agent: tells remote devices what happens to this machine's memory, and waits for them.
+#[derive(Debug, Parser)]
+#[command(name = "shootdownd", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Read settings from this file (TOML); flags and the environment win over it
+    #[arg(long, env = "SHOOTDOWND_CONFIG", global = true)]
+    config: Option<PathBuf>,
+    /// How to write the log
+    #[arg(long, env = "SHOOTDOWND_LOG_FORMAT", default_value = "text", value_enum)]
+    log_format: LogFormat,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check the settings and exit: 0 when they are right, 78 when not
+    CheckConfig,
+}
+
+/// Exit codes of sysexits.h, as service managers know them.
+const EX_UNAVAILABLE: u8 = 69;
+const EX_OSERR: u8 = 71;
+const EX_NOPERM: u8 = 77;
+const EX_CONFIG: u8 = 78;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = telemetry::start(cli.log_format) {
+        return fail(&anyhow::Error::from(error).context("RUST_LOG is not a valid filter"), EX_CONFIG);
+    }
+    let config = match configure(cli.config, cli.settings) {
+        Ok(config) => config,
+        Err(error) => return fail(&error.into(), EX_CONFIG),
+    };
+    if let Some(Command::CheckConfig) = cli.command {
+        return ExitCode::SUCCESS;
+    }
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error.into(), EX_OSERR),
+    };
+    match runtime.block_on(run(config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let code = exit_code(&error);
+            fail(&error, code)
+        }
+    }
+}
+
+fn configure(file: Option<PathBuf>, flags: Settings) -> Result<Config, ConfigError> {
+    let settings = match file {
+        Some(path) => flags.or(Settings::from_file(&path)?),
+        None => flags,
+    };
+    settings.resolve()
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    // Before anything can be waited for: a signal that comes early is not lost.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let running = shootdown_server::start(config)?;
+    for address in &running.addresses().device {
+        tracing::info!(%address, "listening for devices");
+    }
+    // Fails only outside systemd, where nobody listens.
+    drop(sd_notify::notify(&[sd_notify::NotifyState::Ready]));
+    tokio::select! {
+        // Not biased: either means the same.
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping");
+    drop(sd_notify::notify(&[sd_notify::NotifyState::Stopping]));
+    running.shutdown().await;
+    Ok(())
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<StartError>() {
+        Some(StartError::Listen { error, .. }) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            EX_NOPERM
+        }
+        Some(StartError::Listen { .. }) => EX_UNAVAILABLE,
+        _ => EX_OSERR,
+    }
+}
+
+fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
+    tracing::error!("{error:#}");
+    ExitCode::from(code)
+}

@@ -1,0 +1,79 @@
+//! `PageService`: bulk bytes, by frame, as a device's DMA moves them.
+
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use shootdown_core::{Epoch, SessionId};
+use shootdown_proto::convert;
+use shootdown_proto::error::{Reason, status as make_status};
+use shootdown_proto::v1;
+use shootdown_proto::v1::page_service_server::PageService;
+use tonic::{Request, Response, Status};
+
+use crate::host::Host;
+use crate::session::SessionHandle;
+use crate::source::memory::{FrameError, FrameStore};
+use crate::status;
+
+/// The frames of this host agent, for the sessions that may reach them.
+#[derive(Debug, Clone)]
+pub(crate) struct Pages {
+    pub(crate) host: Host,
+    pub(crate) frames: Arc<FrameStore>,
+}
+
+#[tonic::async_trait]
+impl PageService for Pages {
+    async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<v1::ReadResponse>, Status> {
+        let request = request.into_inner();
+        let spans = convert::spans(request.spans)?;
+        let session = self.admit(request.session_id, request.epoch)?;
+        let mut data = BytesMut::with_capacity(spans.iter().map(|span| span.length as usize).sum());
+        self.frames.read(&spans, &mut data).map_err(refused)?;
+        still_admitted(&session)?;
+        Ok(Response::new(v1::ReadResponse { data: data.freeze() }))
+    }
+
+    async fn write(&self, request: Request<v1::WriteRequest>) -> Result<Response<v1::WriteResponse>, Status> {
+        let request = request.into_inner();
+        let spans = convert::spans(request.spans)?;
+        self.admit(request.session_id, request.epoch)?;
+        let asked: usize = spans.iter().map(|span| span.length as usize).sum();
+        if asked != request.data.len() {
+            let message = format!("the spans have {asked} bytes, data has {}", request.data.len());
+            return Err(make_status(Reason::FieldInvalid, message, &[]));
+        }
+        let mut rest = request.data;
+        for span in spans {
+            let part = rest.split_to(span.length as usize);
+            self.frames.write(span.frame, span.offset, &part).map_err(refused)?;
+        }
+        Ok(Response::new(v1::WriteResponse {}))
+    }
+}
+
+impl Pages {
+    /// Only a session that is not over, and by its own epoch: what was fenced reads and writes nothing.
+    fn admit(&self, session: u64, epoch: u64) -> Result<Arc<SessionHandle>, Status> {
+        let handle = SessionId::new(session).and_then(|id| self.host.registry().get(id));
+        let handle = handle.ok_or_else(|| status::session_unknown(session))?;
+        if Epoch::new(epoch) != Some(handle.epoch) {
+            let message = format!("epoch {epoch} is not that of session {session}");
+            return Err(make_status(Reason::EpochStale, message, &[("session_id", session.to_string())]));
+        }
+        still_admitted(&handle)?;
+        Ok(handle)
+    }
+}
+
+fn still_admitted(handle: &SessionHandle) -> Result<(), Status> {
+    if handle.phase().is_over() {
+        let message = format!("session {} is over; drop every translation and connect again", handle.id);
+        return Err(make_status(Reason::SessionFenced, message, &[("session_id", handle.id.to_string())]));
+    }
+    Ok(())
+}
+
+fn refused(error: FrameError) -> Status {
+    make_status(status::frame_reason(&error), error.to_string(), &[])
+}

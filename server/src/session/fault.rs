@@ -1,0 +1,191 @@
+//! A device's fault, from the question to the grant.
+//!
+//! ```text
+//!   open a ticket --Held--> wait for the bracket's end, try again
+//!        | ok
+//!   ask the source (may sleep: it may have to copy a page, and notify)
+//!        |
+//!   commit the ticket and put the grant on the stream, in one step under the address space's lock
+//!        |--Spoiled: an overlapping event started meanwhile--> try again
+//! ```
+//!
+//! As `mmu_interval_read_begin` and `mmu_interval_read_retry` have it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use shootdown_core::gate::Ticket;
+use shootdown_core::{AddrRange, Translation};
+use shootdown_proto::error::Reason;
+use shootdown_proto::message::{Fault, Grant, HostSays};
+
+use super::SessionHandle;
+use crate::directory::AddressSpace;
+use crate::host::Host;
+use crate::source::FaultError;
+use crate::status;
+
+/// How often a fault is tried before the device is told to ask again. Each further try means that an
+/// event over these very pages came between question and answer; a device that asks again goes to the
+/// back, so that two which take a page from each other both make progress.
+const MOST_TRIES: usize = 16;
+
+/// Why a fault was refused.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("the range {0} is not covered by one subscription of this session; subscribe first")]
+    NotSubscribed(AddrRange),
+    #[error("the address space was released")]
+    Released,
+    #[error("the pages changed {MOST_TRIES} times while the fault was served; ask again")]
+    Contended,
+    #[error(transparent)]
+    Source(FaultError),
+}
+
+impl Refused {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::NotSubscribed(_) => Reason::FaultNotSubscribed,
+            Self::Released => Reason::AddressSpaceReleased,
+            Self::Contended => Reason::FaultContended,
+            Self::Source(error) => status::fault_reason(error),
+        }
+    }
+}
+
+/// Serves a fault in a task of its own, so that a held one never delays an ack of the same session.
+pub(super) fn start(host: &Host, handle: &Arc<SessionHandle>, fault: Fault) {
+    let Some(space) = host.directory().get(fault.address_space) else {
+        return handle.refuse_unknown(fault.address_space, fault.request);
+    };
+    let counted = handle.state.lock().session.try_fault();
+    if let Err(quota) = counted {
+        return handle.refuse(Reason::FaultQuota, quota.to_string(), Some(fault.request));
+    }
+    let in_flight = InFlight(Arc::clone(handle));
+    host.tasks().spawn_on(
+        async move {
+            let handle = &in_flight.0;
+            let served = tokio::select! {
+                biased;
+                // First: a session that is over must not be granted anything.
+                () = handle.over.cancelled() => return,
+                served = serve(handle, &space, fault) => served,
+            };
+            if let Err(refused) = served {
+                handle.refuse(refused.reason(), refused.to_string(), Some(fault.request));
+            }
+        },
+        &handle.shard,
+    );
+}
+
+/// A fault that counts against its session's quota.
+struct InFlight(Arc<SessionHandle>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.state.lock().session.on_fault_done();
+    }
+}
+
+async fn serve(handle: &SessionHandle, space: &Arc<AddressSpace>, fault: Fault) -> Result<(), Refused> {
+    for _ in 0..MOST_TRIES {
+        if !handle.is_subscribed(space.id, fault.range) {
+            return Err(Refused::NotSubscribed(fault.range));
+        }
+        let ticket = open_ticket(space, fault.range).await?;
+        let translations =
+            space.source.fault(space.id, fault.range, fault.access).await.map_err(Refused::Source)?;
+        let data = if fault.wants_data {
+            space.source.bytes(&translations).map_err(Refused::Source)?
+        } else {
+            Bytes::new()
+        };
+        if grant(handle, ticket, fault, translations, data)? == Granted::Yes {
+            return Ok(());
+        }
+    }
+    Err(Refused::Contended)
+}
+
+/// A ticket that is given back even when the fault is dropped half-way.
+struct OpenTicket<'space> {
+    space: &'space AddressSpace,
+    ticket: Option<Ticket>,
+}
+
+impl Drop for OpenTicket<'_> {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            self.space.order.lock().gate.cancel(ticket);
+        }
+    }
+}
+
+/// Waits until no bracket overlaps.
+async fn open_ticket(space: &AddressSpace, range: AddrRange) -> Result<OpenTicket<'_>, Refused> {
+    loop {
+        let ended = space.bracket_ended.notified();
+        tokio::pin!(ended);
+        // Before the look, so that an end between the look and the wait is not missed.
+        ended.as_mut().enable();
+        {
+            let mut order = space.order.lock();
+            if order.released {
+                return Err(Refused::Released);
+            }
+            if let Ok(ticket) = order.gate.open_ticket(range) {
+                return Ok(OpenTicket { space, ticket: Some(ticket) });
+            }
+        }
+        ended.await;
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Granted {
+    Yes,
+    /// The ticket was spoiled.
+    No,
+}
+
+/// Commits the ticket and puts the grant on the stream. Both under the address space's lock: an event
+/// that starts after it finds the grant ahead of its notice.
+fn grant(
+    handle: &SessionHandle,
+    mut open: OpenTicket<'_>,
+    fault: Fault,
+    translations: Vec<Translation>,
+    data: Bytes,
+) -> Result<Granted, Refused> {
+    let space = open.space;
+    let mut order = space.order.lock();
+    if order.released {
+        return Err(Refused::Released);
+    }
+    let ticket = open.ticket.take().expect("a ticket is committed once");
+    if order.gate.commit(ticket).is_err() {
+        return Ok(Granted::No);
+    }
+    let seq = order.gate.last_seq();
+    let waker = {
+        // The session's lock inside the address space's: nowhere are they taken the other way round.
+        let mut state = handle.state.lock();
+        if state.session.phase().is_over() || !state.is_subscribed(space.id, fault.range) {
+            return Err(Refused::NotSubscribed(fault.range));
+        }
+        state.answers.push_back(HostSays::Grant(Grant {
+            request: fault.request,
+            address_space: space.id,
+            seq,
+            translations,
+            data,
+        }));
+        state.stream.take()
+    };
+    drop(order);
+    super::wake(waker);
+    Ok(Granted::Yes)
+}

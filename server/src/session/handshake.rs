@@ -1,0 +1,146 @@
+//! What must be settled before there is a session.
+
+use std::sync::Arc;
+
+use shootdown_core::PageSize;
+use shootdown_core::outbox::OutboxLimits;
+use shootdown_core::session::{Session, SessionConfig};
+use shootdown_proto::error::Reason;
+use shootdown_proto::message::{
+    DeviceSays, Hello, HostSays, PROTOCOL_VERSIONS, Resume, SessionError, Welcome,
+};
+use tokio::runtime::Handle;
+
+use super::{SessionHandle, State};
+use crate::clock::Clock;
+use crate::host::Host;
+
+/// The first message must be Hello.
+pub(crate) fn expect_hello(says: DeviceSays) -> Result<Hello, SessionError> {
+    match says {
+        DeviceSays::Hello(hello) => Ok(hello),
+        _ => Err(SessionError::fatal(
+            Reason::HelloExpected,
+            "the first message of a session must be Hello; nothing that came before it took effect",
+        )),
+    }
+}
+
+/// The newest version that both sides speak.
+fn agree_on_version(hello: &Hello) -> Result<u32, SessionError> {
+    let common = PROTOCOL_VERSIONS.iter().rev().find(|version| hello.versions.contains(version));
+    common.copied().ok_or_else(|| SessionError {
+        supported_versions: PROTOCOL_VERSIONS.to_vec(),
+        ..SessionError::fatal(
+            Reason::VersionUnsupported,
+            format!("the host agent speaks versions {PROTOCOL_VERSIONS:?}, the device {:?}", hello.versions),
+        )
+    })
+}
+
+/// Opens a session for a device that said Hello. The Welcome is its first answer.
+pub(crate) fn open(
+    host: &Host,
+    hello: &Hello,
+    shard: Handle,
+    shard_index: usize,
+) -> Result<Arc<SessionHandle>, SessionError> {
+    let version = agree_on_version(hello)?;
+    if host.is_stopping() {
+        return Err(SessionError::fatal(
+            Reason::Draining,
+            "the host agent is stopping; connect to its successor",
+        ));
+    }
+    if !hello.enforces_lease {
+        return Err(SessionError::fatal(
+            Reason::LeaseRequired,
+            "the device does not stop by itself when its lease has run out, and nothing else here could tell that it stopped; set capabilities.enforces_lease only if it does",
+        ));
+    }
+    let config = session_config(host.session_config(), hello);
+    let clock = host.clock();
+    let wants_timing = host.wants_timing() && !hello.clock_id.is_empty() && hello.clock_id == Clock::id();
+    let (lease, window) = (config.lease.duration, config.outbox.window);
+    let handle = host.registry().admit(&hello.device, hello.incarnation, |id, epoch| SessionHandle {
+        id,
+        device: hello.device.clone(),
+        incarnation: hello.incarnation,
+        epoch,
+        change_pte: hello.change_pte,
+        shard,
+        shard_index,
+        state: State {
+            session: Session::new(id, hello.device.clone(), config, clock.now()),
+            answers: std::collections::VecDeque::new(),
+            farewells: std::collections::VecDeque::new(),
+            last_word: None,
+            closed: false,
+            stream: None,
+            subscriptions: std::collections::HashMap::new(),
+        }
+        .into(),
+        room: tokio::sync::Notify::new(),
+        severed: tokio_util::sync::CancellationToken::new(),
+        over: tokio_util::sync::CancellationToken::new(),
+        clock,
+    })?;
+    handle.answer(HostSays::Welcome(Welcome {
+        session: handle.id,
+        host_incarnation: host.incarnation(),
+        version,
+        lease,
+        window,
+        epoch: handle.epoch,
+        // Nothing outlives a session yet, so there is nothing to resume from.
+        retained_floor: None,
+        resume: Resume::Flush,
+        page_size: PageSize::BASE,
+        wants_timing,
+    }));
+    tracing::info!(session = handle.id.get(), device = %handle.device, shard = shard_index, "session opened");
+    Ok(handle)
+}
+
+/// The device may ask for a smaller window than the host agent's, never for a larger one: the window
+/// bounds what the host keeps for it.
+fn session_config(config: SessionConfig, hello: &Hello) -> SessionConfig {
+    let window = hello.window.map_or(config.outbox.window, |asked| asked.clamp(1, config.outbox.window));
+    SessionConfig { outbox: OutboxLimits { window, ..config.outbox }, ..config }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(versions: &[u32]) -> Hello {
+        Hello {
+            device: shootdown_core::DeviceId::new("gpu0").unwrap(),
+            incarnation: shootdown_core::Incarnation::FIRST,
+            versions: versions.to_vec(),
+            window: None,
+            page_sizes: vec![PageSize::BASE],
+            enforces_lease: true,
+            change_pte: false,
+            resume: None,
+            clock_id: String::new(),
+        }
+    }
+
+    #[test]
+    fn an_unsupported_version_is_answered_with_those_that_would_do() {
+        let refused = agree_on_version(&hello(&[7, 9])).unwrap_err();
+        assert_eq!(refused.reason, Reason::VersionUnsupported);
+        assert_eq!(refused.supported_versions, PROTOCOL_VERSIONS);
+        assert_eq!(agree_on_version(&hello(&[9, 1])), Ok(1));
+    }
+
+    #[test]
+    fn a_device_gets_at_most_the_window_of_the_host_agent() {
+        let config = SessionConfig::default();
+        let asked = |window| session_config(config, &Hello { window, ..hello(&[1]) }).outbox.window;
+        assert_eq!(asked(Some(u32::MAX)), config.outbox.window);
+        assert_eq!(asked(Some(2)), 2);
+        assert_eq!(asked(None), config.outbox.window);
+    }
+}

@@ -1,0 +1,278 @@
+//! [4 and 7 of 9] Sessions: what a device is sent, and what it says.
+//!
+//! A session is three things. The [`SessionHandle`] is what everybody else holds: events go into it,
+//! and its lock guards the rules of [`shootdown_core::session`]. The `stream` is polled by the
+//! connection and takes from the handle whatever may be sent: there is no task and no channel between
+//! an outbox and the wire. The `task` reads what the device says, applies it, and lives on after the
+//! stream is gone until the device has provably stopped.
+
+pub(crate) mod registry;
+pub(crate) mod handshake;
+pub(crate) mod stream;
+pub(crate) mod task;
+pub(crate) mod fault;
+mod subscription;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::task::Waker;
+
+use parking_lot::Mutex;
+use shootdown_core::session::{Effect, Effects, EndReason, Phase, Session};
+use shootdown_core::{
+    Ack, AddrRange, DeviceId, Epoch, Event, FlushReport, Incarnation, Moment, Scope, SessionId,
+    SubscriptionId,
+};
+use shootdown_proto::error::Reason;
+use shootdown_proto::message::{HostSays, RequestId, SessionError};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::completion::Token;
+use crate::directory::AddressSpace;
+
+/// The most answers that wait to be sent. A device that asks and does not read is not read any more
+/// itself until it does: back-pressure that it alone feels.
+const MOST_ANSWERS: usize = 1024;
+
+/// A session, as everybody else holds it.
+///
+/// One lock guards everything that changes. It is held for the length of one input and never across
+/// an await; rounds are told of their acks after it is dropped, so that no two locks are ever held
+/// together by the ack path (NoSelfWait).
+pub(crate) struct SessionHandle {
+    pub(crate) id: SessionId,
+    pub(crate) device: DeviceId,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) epoch: Epoch,
+    pub(crate) change_pte: bool,
+    /// The runtime that it lives on.
+    pub(crate) shard: Handle,
+    pub(crate) shard_index: usize,
+    state: Mutex<State>,
+    /// Rings when an answer was taken for the stream.
+    room: Notify,
+    /// Cancelled when the stream is to end, or has.
+    severed: CancellationToken,
+    /// Cancelled when the session is over: faults that wait give up.
+    over: CancellationToken,
+    clock: Clock,
+}
+
+struct State {
+    session: Session<Token>,
+    /// Answers and grants: they go before the notices, see [`stream`].
+    answers: VecDeque<HostSays>,
+    /// Answers to Unsubscribe: they go after the notices that were pending before them.
+    farewells: VecDeque<HostSays>,
+    last_word: Option<SessionError>,
+    closed: bool,
+    stream: Option<Waker>,
+    subscriptions: HashMap<SubscriptionId, Held>,
+}
+
+/// A subscription, as its session knows it.
+#[derive(Clone)]
+struct Held {
+    space: Arc<AddressSpace>,
+    ranges: Arc<[AddrRange]>,
+}
+
+/// What a listing says of a session.
+pub(crate) struct Standing {
+    pub(crate) phase: Phase,
+    pub(crate) lease_expires: Moment,
+    pub(crate) subscriptions: usize,
+    pub(crate) unacked: usize,
+    pub(crate) pending: usize,
+    pub(crate) acked_through: u64,
+    pub(crate) faults_in_flight: usize,
+}
+
+impl SessionHandle {
+    /// An event that this session is a target of, or, without a token, is told of.
+    pub(crate) fn on_event(&self, event: &Event, token: Option<Token>) {
+        self.on_event_at(event, token, self.clock.now());
+    }
+
+    /// The same, at a time that the caller has read for all targets.
+    pub(crate) fn on_event_at(&self, event: &Event, token: Option<Token>, now: Moment) {
+        self.with(now, |state, effects| state.session.on_event(event, token, now, effects));
+    }
+
+    /// Puts an answer on the stream.
+    pub(crate) fn answer(&self, says: HostSays) {
+        let waker = {
+            let mut state = self.state.lock();
+            state.answers.push_back(says);
+            state.stream.take()
+        };
+        wake(waker);
+    }
+
+    /// Tells the device that a request was refused. The session goes on.
+    pub(crate) fn refuse(&self, reason: Reason, message: impl Into<String>, request: Option<RequestId>) {
+        self.answer(HostSays::Error(SessionError::refused(reason, message, request)));
+    }
+
+    /// Ends the stream with a last word. The device is waited for until it has provably stopped.
+    pub(crate) fn end(&self, reason: Reason, message: impl Into<String>) {
+        let now = self.clock.now();
+        self.with(now, |state, effects| {
+            state.last_word.get_or_insert_with(|| SessionError::fatal(reason, message));
+            state.session.on_severed(now, effects);
+        });
+        self.severed.cancel();
+    }
+
+    /// An administrator ends the session.
+    pub(crate) fn evict(&self) {
+        let now = self.clock.now();
+        self.with(now, |state, effects| state.session.on_evict(now, effects));
+    }
+
+    /// The device acked.
+    pub(crate) fn on_ack(&self, ack: &Ack) {
+        let now = self.clock.now();
+        let refused = self.with(now, |state, effects| state.session.on_ack(ack, now, effects)).err();
+        match refused {
+            None => {}
+            Some(error) if error.is_fatal() => self.end(crate::status::ack_reason(error), error.to_string()),
+            Some(error) => self.refuse(crate::status::ack_reason(error), error.to_string(), None),
+        }
+    }
+
+    /// The stream is gone.
+    fn on_severed(&self) {
+        let now = self.clock.now();
+        self.with(now, |state, effects| {
+            state.closed = true;
+            state.session.on_severed(now, effects);
+        });
+        self.severed.cancel();
+    }
+
+    /// The device holds nothing any more.
+    fn on_left(&self) {
+        let now = self.clock.now();
+        self.with(now, |state, effects| {
+            state.closed = true;
+            state.session.on_left(now, effects);
+        });
+        self.severed.cancel();
+    }
+
+    fn on_tick(&self) {
+        let now = self.clock.now();
+        self.with(now, |state, effects| state.session.on_tick(now, effects));
+    }
+
+    /// Runs one input of the rules, then carries out what they gave out, with the lock dropped.
+    fn with<R>(&self, now: Moment, input: impl FnOnce(&mut State, &mut Effects<Token>) -> R) -> R {
+        let mut effects = Effects::new();
+        let (result, waker) = {
+            let mut state = self.state.lock();
+            let result = input(&mut state, &mut effects);
+            for effect in effects.iter() {
+                if let Effect::EndStream(reason) = effect {
+                    state.last_word.get_or_insert_with(|| last_word(*reason));
+                }
+            }
+            (result, state.stream.take())
+        };
+        self.carry_out(effects, now);
+        wake(waker);
+        result
+    }
+
+    fn carry_out(&self, effects: Effects<Token>, now: Moment) {
+        for effect in effects {
+            match effect {
+                Effect::Resolve { token, how } => token.resolve(how, now),
+                Effect::Reported { scope, report } => self.on_report(scope, &report),
+                Effect::Phase { from, to } => self.tell_phase(from, to),
+                Effect::EndStream(_) => self.severed.cancel(),
+            }
+        }
+    }
+
+    /// Dirty bits need no action here: what a device wrote is in the frame before its ack, by the
+    /// contract of the ack. Young bits of a flush belong to its round.
+    fn on_report(&self, scope: Scope, report: &FlushReport) {
+        tracing::trace!(session = self.id.get(), ?scope, notice = report.notice.get(), "flush report");
+    }
+
+    fn tell_phase(&self, from: Phase, to: Phase) {
+        let (session, device) = (self.id.get(), self.device.as_str());
+        match to {
+            Phase::Suspect => {
+                tracing::warn!(session, device, "a device owes an ack; it is fenced when its lease ends");
+            }
+            Phase::Fenced => tracing::warn!(session, device, "a device is fenced"),
+            Phase::Live | Phase::Severed | Phase::Gone => {
+                tracing::info!(session, device, from = from.name(), to = to.name(), "session");
+            }
+        }
+        if to.is_over() {
+            self.over.cancel();
+        }
+    }
+
+    /// Where the session stands.
+    pub(crate) fn phase(&self) -> Phase {
+        self.state.lock().session.phase()
+    }
+
+    pub(crate) fn standing(&self) -> Standing {
+        let state = self.state.lock();
+        let (session, outbox) = (&state.session, state.session.outbox());
+        Standing {
+            phase: session.phase(),
+            lease_expires: session.lease_expires(),
+            subscriptions: session.subscriptions(),
+            unacked: outbox.unacked(),
+            pending: outbox.pending(),
+            acked_through: outbox.acked_through().map_or(0, shootdown_core::NoticeNumber::get),
+            faults_in_flight: session.faults_in_flight(),
+        }
+    }
+
+    /// The host agent is about to stop.
+    pub(crate) fn drain(&self, deadline: std::time::Duration) {
+        self.answer(HostSays::Drain { deadline });
+    }
+
+    /// Whether a device that asks much and reads little must wait.
+    fn has_room(&self) -> bool {
+        self.state.lock().answers.len() < MOST_ANSWERS
+    }
+}
+
+fn last_word(reason: EndReason) -> SessionError {
+    match reason {
+        EndReason::Evicted => {
+            SessionError::fatal(Reason::SessionEvicted, "an administrator ended the session; connect again")
+        }
+        EndReason::Fenced => SessionError::fatal(
+            Reason::SessionFenced,
+            "the session was fenced because it owed an ack or a heartbeat past its lease; drop every translation and connect again",
+        ),
+    }
+}
+
+fn wake(waker: Option<Waker>) {
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}
+
+impl std::fmt::Debug for SessionHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SessionHandle")
+            .field("id", &self.id)
+            .field("device", &self.device)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,103 @@
+//! Which sessions there are.
+
+use std::sync::Arc;
+
+use dashmap::DashMap;
+use parking_lot::Mutex;
+use shootdown_core::{DeviceId, Epoch, Incarnation, SessionId};
+use shootdown_proto::error::Reason;
+use shootdown_proto::message::SessionError;
+
+use super::SessionHandle;
+
+/// Every session that is not over, by its id; and the one session of each device that has a stream.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    sessions: DashMap<SessionId, Arc<SessionHandle>>,
+    admission: Mutex<Admission>,
+    most: usize,
+}
+
+#[derive(Debug)]
+struct Admission {
+    next_session: SessionId,
+    next_epoch: Epoch,
+    by_device: std::collections::HashMap<DeviceId, Arc<SessionHandle>>,
+}
+
+impl Registry {
+    pub(crate) fn new(most: usize) -> Self {
+        Self {
+            sessions: DashMap::new(),
+            admission: Mutex::new(Admission {
+                next_session: SessionId::FIRST,
+                next_epoch: Epoch::FIRST,
+                by_device: std::collections::HashMap::new(),
+            }),
+            most,
+        }
+    }
+
+    /// Admits a new session of a device, made by `make`. An older session of the device loses its
+    /// stream, so that it never stands in the way of the new one; it is waited for like any other that
+    /// lost its stream.
+    pub(crate) fn admit(
+        &self,
+        device: &DeviceId,
+        incarnation: Incarnation,
+        make: impl FnOnce(SessionId, Epoch) -> SessionHandle,
+    ) -> Result<Arc<SessionHandle>, SessionError> {
+        let (handle, replaced) = {
+            let mut admission = self.admission.lock();
+            if self.sessions.len() >= self.most {
+                return Err(SessionError::fatal(
+                    Reason::SessionQuota,
+                    format!(
+                        "the host agent has {} sessions, as many as it may; try again, or raise max_sessions",
+                        self.most
+                    ),
+                ));
+            }
+            if let Some(newer) = admission.by_device.get(device).filter(|old| old.incarnation > incarnation) {
+                return Err(SessionError::fatal(
+                    Reason::SessionReplaced,
+                    format!(
+                        "device {device} has a session of its incarnation {}, which is newer than {incarnation}",
+                        newer.incarnation
+                    ),
+                ));
+            }
+            let (id, epoch) = (admission.next_session, admission.next_epoch);
+            (admission.next_session, admission.next_epoch) = (id.next(), epoch.next());
+            let handle = Arc::new(make(id, epoch));
+            self.sessions.insert(id, Arc::clone(&handle));
+            let replaced = admission.by_device.insert(device.clone(), Arc::clone(&handle));
+            (handle, replaced)
+        };
+        if let Some(replaced) = replaced {
+            replaced
+                .end(Reason::SessionReplaced, "a newer session of this device took the place of this one");
+        }
+        Ok(handle)
+    }
+
+    pub(crate) fn get(&self, id: SessionId) -> Option<Arc<SessionHandle>> {
+        self.sessions.get(&id).map(|handle| Arc::clone(&handle))
+    }
+
+    /// Forgets a session that is over.
+    pub(crate) fn forget(&self, handle: &SessionHandle) {
+        self.sessions.remove(&handle.id);
+        let mut admission = self.admission.lock();
+        if admission.by_device.get(&handle.device).is_some_and(|current| current.id == handle.id) {
+            admission.by_device.remove(&handle.device);
+        }
+    }
+
+    /// All of them, in ascending order of their ids: a copy, for listings and for draining.
+    pub(crate) fn list(&self) -> Vec<Arc<SessionHandle>> {
+        let mut sessions: Vec<_> = self.sessions.iter().map(|entry| Arc::clone(entry.value())).collect();
+        sessions.sort_unstable_by_key(|session| session.id);
+        sessions
+    }
+}

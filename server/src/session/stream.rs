@@ -1,0 +1,133 @@
+//! [4 of 9] The outbox drained into frames, by the connection itself.
+//!
+//! The order of what a device is sent is the order of truth, and this is where it is made:
+//!
+//! 1. Answers and grants go first. A grant that is waiting here was committed before any event that
+//!    overlaps it started (the address space's lock saw to that), so it must not be overtaken by that
+//!    event's notice; and an event that overlaps it and started earlier has ended, so the device has
+//!    acked its notice already.
+//! 2. Then the notices, as many as the window allows, in one frame.
+//! 3. An answer to Unsubscribe goes when no notice is pending: nothing that belongs to the
+//!    subscription comes after it (UnsubscribeBarrier).
+//!
+//! When the device does not read, HTTP/2's flow control stops this from being polled; then notices
+//! merge in the outbox, and the busier the stream, the more one frame says.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use shootdown_proto::error::status;
+use shootdown_proto::message::{HostSays, SessionError};
+use shootdown_proto::v1;
+use tokio_stream::Stream;
+use tonic::Status;
+
+use super::{SessionHandle, State};
+use crate::clock::Clock;
+
+/// Notices in one frame. At about 60 bytes each a full frame stays below one HTTP/2 frame of 16 KiB.
+const NOTICES_A_FRAME: usize = 256;
+
+/// What the connection polls.
+pub(crate) struct Outgoing {
+    source: Source,
+    /// The status that ends the stream, once the last word is out.
+    verdict: Option<Status>,
+}
+
+enum Source {
+    Session(Arc<SessionHandle>),
+    /// There is no session: the device is told why, and that is all.
+    Refused(Option<SessionError>),
+    Ended,
+}
+
+impl Outgoing {
+    pub(crate) fn session(handle: Arc<SessionHandle>) -> Self {
+        Self { source: Source::Session(handle), verdict: None }
+    }
+
+    pub(crate) fn refused(error: SessionError) -> Self {
+        Self { source: Source::Refused(Some(error)), verdict: None }
+    }
+}
+
+impl Stream for Outgoing {
+    type Item = Result<v1::SessionResponse, Status>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if let Some(verdict) = this.verdict.take() {
+            this.source = Source::Ended;
+            return Poll::Ready(Some(Err(verdict)));
+        }
+        let said = match &mut this.source {
+            Source::Session(handle) => match handle.poll_say(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(said) => said,
+            },
+            Source::Refused(error) => error.take().map(HostSays::Error),
+            Source::Ended => None,
+        };
+        if let Some(HostSays::Error(error)) = &said
+            && error.fatal
+        {
+            this.verdict = Some(status(error.reason, error.message.clone(), &[]));
+        }
+        Poll::Ready(said.map(|says| Ok(says.into())))
+    }
+}
+
+impl Drop for Outgoing {
+    /// The connection is gone, or the stream is finished.
+    fn drop(&mut self) {
+        if let Source::Session(handle) = &self.source {
+            handle.severed.cancel();
+        }
+    }
+}
+
+impl SessionHandle {
+    /// What to say next; `None` ends the stream.
+    fn poll_say(&self, cx: &mut Context<'_>) -> Poll<Option<HostSays>> {
+        let mut state = self.state.lock();
+        match state.next_say(self.clock) {
+            Some(says) => {
+                drop(state);
+                self.room.notify_one();
+                Poll::Ready(Some(says))
+            }
+            None if state.closed => Poll::Ready(None),
+            None => {
+                match &mut state.stream {
+                    Some(waker) if waker.will_wake(cx.waker()) => {}
+                    other => *other = Some(cx.waker().clone()),
+                }
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl State {
+    fn next_say(&mut self, clock: Clock) -> Option<HostSays> {
+        if let Some(answer) = self.answers.pop_front() {
+            return Some(answer);
+        }
+        if self.session.outbox().has_sendable() {
+            let notices = self.session.take_notices(NOTICES_A_FRAME, clock.now());
+            if !notices.is_empty() {
+                return Some(HostSays::Notices(notices));
+            }
+        }
+        if self.session.outbox().pending() == 0
+            && let Some(farewell) = self.farewells.pop_front()
+        {
+            return Some(farewell);
+        }
+        let last_word = self.last_word.take()?;
+        self.closed = true;
+        Some(HostSays::Error(last_word))
+    }
+}

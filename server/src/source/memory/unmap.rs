@@ -1,0 +1,67 @@
+//! munmap: `do_munmap`, `unmap_region` and `free_pgtables`, after the mail's patches ("free-pgtables").
+//!
+//! ```text
+//!   claim the range; its VMAs are split at the ends and marked leaving   (detach_vmas_to_be_unmapped)
+//!   unmap_vmas: bracket, zap, flush                                      (see zap)
+//!   for each VMA: unlink it, then free the page tables that served it alone; yield
+//! ```
+//!
+//! The range stays taken until the last page table is freed: mapping it earlier is refused as busy. A
+//! notifier that refuses leaves everything as it was.
+
+use std::sync::Arc;
+
+use shootdown_core::{AddrRange, Cause};
+
+use super::Inner;
+use super::address_space::AddressSpace;
+use super::error::MemoryError;
+use super::outcome::Released;
+use super::page_table::{rest_after, table_span};
+use super::whole_pages;
+use super::zap::unmap_vmas;
+use crate::source::Notifier;
+
+/// `munmap`. Holes are allowed; where nothing is mapped nobody is notified.
+pub(super) async fn unmap<N: Notifier>(
+    inner: &Inner<N>,
+    space: &Arc<AddressSpace>,
+    range: AddrRange,
+) -> Result<Released, MemoryError> {
+    whole_pages(range)?;
+    let _claim = space.claim(range).await;
+    let leaving = space.layout.write().vmas.leave(range)?;
+    if leaving.is_empty() {
+        return Ok(Released::default());
+    }
+    match unmap_vmas(inner, space, range, &leaving, Cause::Unmap).await {
+        Ok(released) => {
+            free_pgtables(space, &leaving).await;
+            Ok(released)
+        }
+        Err(error) => {
+            // It failed at the start of the bracket: no entry was cleared.
+            space.layout.write().vmas.restore(&leaving);
+            Err(error)
+        }
+    }
+}
+
+/// `free_pgtables`: VMA by VMA, after each is unlinked.
+pub(super) async fn free_pgtables(space: &AddressSpace, leaving: &[AddrRange]) {
+    for range in leaving {
+        {
+            let mut layout = space.layout.write();
+            layout.vmas.unlink(*range);
+            let mut left = Some(*range);
+            while let Some((part, _)) = left.and_then(|range| space.tables.first_in(range)) {
+                // free_pgd_range() has floor and ceiling: a table that a neighbour uses too stays.
+                if layout.vmas.overlapping(table_span(part.start())).next().is_none() {
+                    space.tables.free(part);
+                }
+                left = rest_after(*range, part);
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+}

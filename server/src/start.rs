@@ -1,0 +1,381 @@
+//! All the wiring of a host agent, in dependency order: [`start`].
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use shootdown_proto::v1;
+use shootdown_proto::v1::admin_service_server::AdminServiceServer;
+use shootdown_proto::v1::device_service_server::DeviceServiceServer;
+use shootdown_proto::v1::memory_service_server::MemoryServiceServer;
+use shootdown_proto::v1::notifier_service_server::NotifierServiceServer;
+use shootdown_proto::v1::page_service_server::PageServiceServer;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::transport::Server;
+use tonic_health::pb::health_server::{Health, HealthServer};
+use tonic_health::server::HealthReporter;
+use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
+
+use crate::config::Config;
+use crate::host::Host;
+use crate::listen::{Accepted, Acceptor, Connection, Leave, ListenAddr, Listener};
+use crate::service::admin::Admin;
+use crate::service::device::Devices;
+use crate::service::memory::Memory;
+use crate::service::notifier::Notifiers;
+use crate::service::page::Pages;
+use crate::shard::{self, Arrivals, Doors, Thread};
+use crate::source::memory::{FrameStore, MemoryConfig, MemorySource};
+use crate::watchdog;
+
+/// What a device says is small and read at once. The window is fixed: an adaptive one starts so low
+/// that 136 unread tiny frames end a connection (RUSTSEC-2026-0258).
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Streams of one connection: a session, and reads and writes of frames.
+const MOST_STREAMS: u32 = 256;
+
+/// A peer that vanished without a word is found after the interval and the time-out together.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Reads and writes of frames: 256 spans of a page each, and room for the rest.
+const MOST_PAGE_BYTES: usize = 2 << 20;
+
+/// Why a host agent did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A socket could not be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Which.
+        address: ListenAddr,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// The memory for the frames could not be had.
+    #[error("cannot make the frame store of {frames} frames")]
+    Frames {
+        /// How many.
+        frames: usize,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    /// The reflection service could not be made of the protocol's descriptors.
+    #[error("cannot build the reflection service")]
+    Reflection(#[source] tonic_reflection::server::Error),
+}
+
+/// A host agent that runs. Dropped without [`Running::shutdown`] it stops at once: connections are
+/// cut, devices find their sessions lost and fail closed.
+#[derive(Debug)]
+pub struct Running {
+    host: Host,
+    memory: MemorySource<Host>,
+    frames: Arc<FrameStore>,
+    addresses: Addresses,
+    shards: Vec<Thread>,
+    control: Thread,
+    health: HealthReporter,
+    /// Stops everything when it is dropped.
+    stop: DropGuard,
+    drain_timeout: Duration,
+}
+
+/// Where a host agent listens, with the ports that the kernel chose.
+#[derive(Debug, Clone, Default)]
+pub struct Addresses {
+    /// For devices.
+    pub device: Vec<ListenAddr>,
+    /// For sources.
+    pub source: Vec<ListenAddr>,
+    /// For administrators.
+    pub admin: Vec<ListenAddr>,
+}
+
+/// Starts a host agent: everything there is, top to bottom in the order in which it is needed.
+///
+/// # Errors
+/// [`StartError`]; what was started before the failure is stopped.
+pub fn start(config: Config) -> Result<Running, StartError> {
+    // Sockets first: a second daemon on the same ones must fail before it does anything.
+    let mut addresses = Addresses::default();
+    let device = bind(&config.listen, false, &mut addresses.device)?;
+    let source = bind(&config.source_listen, true, &mut addresses.source)?;
+    let admin = bind(&config.admin_listen, true, &mut addresses.admin)?;
+    let frames = FrameStore::new(config.memory_frames)
+        .map_err(|error| StartError::Frames { frames: config.memory_frames, error })?;
+
+    // The control plane has a runtime of its own: it answers while every shard is busy.
+    let stop = CancellationToken::new();
+    let stopped = stop.clone();
+    let control = Thread::start("control".to_owned(), move || async move { stopped.cancelled().await })
+        .map_err(StartError::Thread)?;
+    // From here on a failure, which drops it, stops what was started.
+    let stop_on_drop = stop.clone().drop_guard();
+
+    let host = Host::new(config.host.clone(), control.handle.clone());
+    let clock = host.clock();
+    let memory_config = MemoryConfig::new(Arc::new(move || clock.now()), control.handle.clone());
+    let memory = MemorySource::new(Arc::new(host.clone()), Arc::clone(&frames), memory_config);
+
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let mut shards = Vec::with_capacity(config.shards);
+    let mut doors = Vec::with_capacity(config.shards);
+    for index in 0..config.shards {
+        let (door, arrivals) = shard::doors();
+        let services = Services {
+            devices: Devices { host: host.clone(), shard_index: index },
+            pages: Pages { host: host.clone(), frames: Arc::clone(&frames) },
+            notifiers: Notifiers { host: host.clone() },
+            memory: Memory { memory: memory.clone() },
+            health: health_service.clone(),
+            // Checked here, where it can fail the start; a shard's thread could not.
+            reflection: reflection()?,
+        };
+        let stop = stop.clone();
+        let thread = Thread::start(format!("shard-{index}"), move || serve_shard(arrivals, services, stop))
+            .map_err(StartError::Thread)?;
+        shards.push(thread);
+        doors.push(door);
+    }
+
+    let leave = Leave { uids: config.allow_uids.as_slice().into() };
+    let control_tasks = &control.handle;
+    for listener in device {
+        let doors = doors.iter().map(|doors| doors.device.clone()).collect();
+        control_tasks.spawn(accept(listener, leave.clone(), doors, host.stopping().clone()));
+    }
+    for listener in source {
+        let doors = doors.iter().map(|doors: &Doors| doors.source.clone()).collect();
+        control_tasks.spawn(accept(listener, leave.clone(), doors, host.stopping().clone()));
+    }
+    let (admin_tx, admin_rx) = mpsc::channel(ADMIN_QUEUE);
+    for listener in admin {
+        control_tasks.spawn(accept(listener, leave.clone(), vec![admin_tx.clone()], stop.clone()));
+    }
+    let admin = Admin { host: host.clone() };
+    control_tasks.spawn(serve_admin(admin_rx, admin, health_service, reflection()?, stop.clone()));
+    control_tasks.spawn(watchdog::run(host.clone(), stop.clone()));
+
+    let drain_timeout = config.drain_timeout;
+    Ok(Running { host, memory, frames, addresses, shards, control, health, stop: stop_on_drop, drain_timeout })
+}
+
+/// Administrators that were accepted and not served yet.
+const ADMIN_QUEUE: usize = 16;
+
+impl Running {
+    /// The host agent's rules and state; it is a [`crate::source::Notifier`].
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// The embedded memory source.
+    #[must_use]
+    pub fn memory(&self) -> &MemorySource<Host> {
+        &self.memory
+    }
+
+    /// The frames that PageService reads and writes.
+    #[must_use]
+    pub fn frames(&self) -> &Arc<FrameStore> {
+        &self.frames
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// The runtimes of the shards. A source that runs on the one shard there is, beside its devices,
+    /// saves two hops between cores a round.
+    pub fn shards(&self) -> impl Iterator<Item = &tokio::runtime::Handle> {
+        self.shards.iter().map(|shard| &shard.handle)
+    }
+
+    /// Stops, in this order: nothing new is accepted; devices are told to finish and leave; rounds and
+    /// sessions are waited for, but not for longer than the drain time-out; then all is cut. A round
+    /// that is not complete by then is never answered: its pages are not released.
+    pub async fn shutdown(self) {
+        let Self { host, memory, shards, control, health, stop, drain_timeout, addresses, .. } = self;
+        health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
+        health.set_not_serving::<DeviceServiceServer<Devices>>().await;
+        host.stopping().cancel();
+        for session in host.registry().list() {
+            session.drain(drain_timeout);
+        }
+        host.tasks().close();
+        let all_left = async {
+            memory.drain().await;
+            host.tasks().wait().await;
+        };
+        if tokio::time::timeout(drain_timeout, all_left).await.is_err() {
+            let (sessions, rounds) = (host.registry().list().len(), host.rounds_in_flight());
+            tracing::warn!(
+                sessions,
+                rounds,
+                "the drain time-out passed; sessions are cut, their rounds not released"
+            );
+        }
+        drop(stop);
+        let threads = tokio::task::spawn_blocking(move || {
+            shards.into_iter().for_each(Thread::join);
+            control.join();
+        });
+        drop(threads.await);
+        remove_sockets(&addresses);
+    }
+}
+
+struct Services<H, R: ServerReflection> {
+    devices: Devices,
+    pages: Pages,
+    notifiers: Notifiers,
+    memory: Memory,
+    health: HealthServer<H>,
+    reflection: ServerReflectionServer<R>,
+}
+
+async fn serve_shard<H: Health, R: ServerReflection>(
+    arrivals: Arrivals,
+    services: Services<H, R>,
+    stop: CancellationToken,
+) {
+    let Services { devices, pages, notifiers, memory, health, reflection } = services;
+    let for_devices = server()
+        .add_service(
+            DeviceServiceServer::new(devices)
+                .max_decoding_message_size(shootdown_proto::message::MAX_SESSION_MESSAGE),
+        )
+        .add_service(
+            PageServiceServer::new(pages)
+                .max_decoding_message_size(MOST_PAGE_BYTES)
+                .max_encoding_message_size(MOST_PAGE_BYTES),
+        )
+        .add_service(health.clone())
+        .add_service(reflection.clone())
+        .serve_with_incoming_shutdown(incoming(arrivals.device), stop.clone().cancelled_owned());
+    let for_sources = server()
+        .add_service(NotifierServiceServer::new(notifiers))
+        .add_service(MemoryServiceServer::new(memory).max_decoding_message_size(MOST_PAGE_BYTES))
+        .add_service(health)
+        .add_service(reflection)
+        .serve_with_incoming_shutdown(incoming(arrivals.source), stop.clone().cancelled_owned());
+    tokio::join!(
+        shard::until_stopped(for_devices, stop.clone(), "devices"),
+        shard::until_stopped(for_sources, stop, "sources"),
+    );
+}
+
+async fn serve_admin<H: Health, R: ServerReflection>(
+    arrivals: mpsc::Receiver<Accepted>,
+    admin: Admin,
+    health: HealthServer<H>,
+    reflection: ServerReflectionServer<R>,
+    stop: CancellationToken,
+) {
+    let serving = server()
+        .add_service(AdminServiceServer::new(admin))
+        .add_service(health)
+        .add_service(reflection)
+        .serve_with_incoming_shutdown(incoming(arrivals), stop.clone().cancelled_owned());
+    shard::until_stopped(serving, stop, "administrators").await;
+}
+
+fn server() -> Server {
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MOST_STREAMS)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+}
+
+fn reflection() -> Result<ServerReflectionServer<impl ServerReflection>, StartError> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(StartError::Reflection)
+}
+
+fn incoming(arrivals: mpsc::Receiver<Accepted>) -> impl Stream<Item = io::Result<Connection>> {
+    ReceiverStream::new(arrivals).map(Connection::adopt)
+}
+
+fn bind(
+    addresses: &[ListenAddr],
+    privileged: bool,
+    bound: &mut Vec<ListenAddr>,
+) -> Result<Vec<Listener>, StartError> {
+    let mut listeners = Vec::with_capacity(addresses.len());
+    for address in addresses {
+        let refused = |error| StartError::Listen { address: address.clone(), error };
+        let listener = Listener::bind(address, privileged).map_err(refused)?;
+        bound.push(listener.address().map_err(refused)?);
+        listeners.push(listener);
+    }
+    Ok(listeners)
+}
+
+/// Gives each connection to the next door.
+async fn accept(
+    listener: Listener,
+    leave: Leave,
+    doors: Vec<mpsc::Sender<Accepted>>,
+    stop: CancellationToken,
+) {
+    let acceptor = match Acceptor::new(listener, leave) {
+        Ok(acceptor) => acceptor,
+        Err(error) => {
+            tracing::error!(%error, "a listener could not be used; the host agent must be restarted");
+            return;
+        }
+    };
+    let mut next = doors.iter().cycle();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            // First: nothing is accepted once the host agent stops.
+            () = stop.cancelled() => return,
+            accepted = acceptor.accept() => accepted,
+        };
+        match accepted {
+            Ok(connection) => {
+                let door = next.next().expect("there is at least one shard");
+                if door.send(connection).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                // Most often too many open files: the listener works again when some are closed.
+                tracing::error!(%error, "a connection could not be accepted; raise the limit of open files");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Between two tries to accept when the machine has nothing left: an accept that fails leaves its
+/// connection in the queue, so trying at once would spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+fn remove_sockets(addresses: &Addresses) {
+    for address in addresses.device.iter().chain(&addresses.source).chain(&addresses.admin) {
+        if let ListenAddr::Unix(path) = address {
+            drop(std::fs::remove_file(path));
+        }
+    }
+}

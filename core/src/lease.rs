@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_grant_nothing_is_valid() {
+    fn nothing_is_valid_without_a_grant_or_from_the_end_of_it_on() {
         let mut lease = DeviceLease::new(0, Duration::ZERO);
         assert!(!lease.is_valid(Moment::ZERO));
         lease.on_granted(Moment::ZERO, millis(10));
@@ -245,6 +245,9 @@ mod tests {
         assert!(!lease.is_valid(Moment::ZERO + millis(10)), "the bound itself is past it");
         lease.on_ended();
         assert!(!lease.is_valid(Moment::ZERO), "fail closed");
+        let terms = LeaseTerms { duration: millis(10), drift_ppm: 0, margin: Duration::ZERO };
+        let host = HostLease::new(terms, Moment::ZERO);
+        assert!(!host.is_expired(Moment::ZERO + millis(9)) && host.is_expired(Moment::ZERO + millis(10)));
     }
 
     #[test]

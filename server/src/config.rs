@@ -87,7 +87,7 @@ pub struct Settings {
     /// Threads for sessions, each with a runtime of its own [default: one a core]
     #[arg(long, env = "SHOOTDOWND_SHARDS")]
     pub shards: Option<usize>,
-    /// How long a device may use its translations after it last asked [default: 10s]
+    /// How long a device may use its translations after it last asked [default: 5s]
     #[arg(long, env = "SHOOTDOWND_LEASE")]
     pub lease: Option<Span>,
     /// The most by which a device's clock and the host's differ, in parts per million [default: 600]

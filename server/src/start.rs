@@ -168,7 +168,17 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     control_tasks.spawn(watchdog::run(host.clone(), stop.clone()));
 
     let drain_timeout = config.drain_timeout;
-    Ok(Running { host, memory, frames, addresses, shards, control, health, stop: stop_on_drop, drain_timeout })
+    Ok(Running {
+        host,
+        memory,
+        frames,
+        addresses,
+        shards,
+        control,
+        health,
+        stop: stop_on_drop,
+        drain_timeout,
+    })
 }
 
 /// Administrators that were accepted and not served yet.

@@ -10,8 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A section that is open for longer is reported, unless the builder says otherwise. Twice the time that the kernel
-/// gives an RCU reader by default would be an age for a service; a section here spans a round trip to a peer.
+/// A section that is open for longer is reported, unless the builder says otherwise. Half of what the kernel allows an
+/// RCU reader (21 s): long for a section that spans a round trip to a peer, short for whoever waits for it.
 const STALL_AFTER: Duration = Duration::from_secs(10);
 
 /// More stripes than this make a scan dear and help no reader.
@@ -98,8 +98,8 @@ impl DomainBuilder {
         self
     }
 
-    /// How many stripes the counters have, rounded up to a power of two, 64 at most. As many as the machine has cores
-    /// if not given. Readers of one stripe share a cache line; a grace period visits each stripe.
+    /// How many stripes the counters have, rounded up to a power of two, 64 at most. Four for each
+    /// core of the machine if not given. Readers of one stripe share a cache line; a grace period visits each stripe.
     pub fn stripes(mut self, stripes: usize) -> Self {
         self.stripes = Some(stripes);
         self
@@ -157,10 +157,14 @@ impl fmt::Debug for DomainBuilder {
     }
 }
 
-/// One a core; under loom one, since each stripe multiplies the interleavings.
+/// Threads come and go and are numbered as they come, so two that run at once are kept apart only by chance once the
+/// numbers have gone round: with this many stripes a core, mostly.
+const STRIPES_PER_CORE: usize = 4;
+
+/// Under loom one, since each stripe multiplies the interleavings.
 fn default_stripes() -> usize {
     if cfg!(loom) {
         return 1;
     }
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get).saturating_mul(STRIPES_PER_CORE)
 }

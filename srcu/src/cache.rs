@@ -17,7 +17,10 @@ mod thread_cache {
         core::Core,
         record::{Record, Records},
     };
-    use std::{cell::RefCell, sync::Arc};
+    use std::{
+        cell::{Cell, RefCell},
+        sync::Arc,
+    };
 
     /// Domains that a thread remembers; a power of two. A thread that reads more of them in turn pays an allocation,
     /// a lock and two reference counts for a read that misses.
@@ -25,32 +28,71 @@ mod thread_cache {
     /// Records kept of each: sections that a thread may have open at once without that price.
     const DEPTH: usize = 32;
 
-    /// Records that are free, all of one domain.
-    type Lane = Vec<Arc<Record>>;
+    /// Records that are free, all of one domain. The last one that came is apart: sections that do not overlap need
+    /// no other, and a cell is cheaper than a borrow.
+    struct Lane {
+        top: Cell<Option<Arc<Record>>>,
+        rest: RefCell<Vec<Arc<Record>>>,
+    }
 
-    // Not to be borrowed while a record is dropped: the last one of a domain drops its callbacks, which are code of a
-    // user and may come back here. A borrow that fails all the same goes to the domain, as a thread does whose locals
-    // are being dropped.
+    // Nothing is dropped while a lane's rest is borrowed: the last record of a domain drops its callbacks, which are
+    // code of a user and may come back here. Where the locals of a thread are being dropped there is no cache.
     std::thread_local! {
-        static LANES_OF_THREAD: RefCell<[Lane; LANES]> = const { RefCell::new([const { Vec::new() }; LANES]) };
+        static LANES_OF_THREAD: [Lane; LANES] =
+            const { [const { Lane { top: Cell::new(None), rest: RefCell::new(Vec::new()) } }; LANES] };
     }
 
-    #[inline]
-    fn lane_of(core: &Core) -> usize {
-        core.serial % LANES
+    fn is_of(record: &Arc<Record>, core: &Arc<Core>) -> bool {
+        Arc::ptr_eq(record.core(), core)
     }
 
-    #[inline]
-    fn is_of(lane: &Lane, core: &Arc<Core>) -> bool {
-        lane.last().is_some_and(|record| Arc::ptr_eq(record.core(), core))
+    impl Lane {
+        #[inline]
+        fn of<'a>(lanes: &'a [Self; LANES], core: &Core) -> &'a Self {
+            &lanes[core.serial % LANES]
+        }
+
+        #[cold]
+        fn pop(&self, core: &Arc<Core>) -> Option<Arc<Record>> {
+            let mut rest = self.rest.borrow_mut();
+            if is_of(rest.last()?, core) { rest.pop() } else { None }
+        }
+
+        /// Makes room for `record` on top. The records of another domain are given up: what a thread reads now is what
+        /// it will read next.
+        #[cold]
+        fn push(&self, record: Arc<Record>, top: Arc<Record>) {
+            let evicted = if is_of(&top, record.core()) {
+                let mut rest = self.rest.borrow_mut();
+                if rest.len() < DEPTH && rest.last().is_none_or(|other| is_of(other, top.core())) {
+                    rest.push(top);
+                    (None, Vec::new())
+                } else if rest.len() < DEPTH {
+                    let others = std::mem::replace(&mut *rest, vec![top]);
+                    (None, others)
+                } else {
+                    (Some(top), Vec::new())
+                }
+            } else {
+                (Some(top), self.rest.take())
+            };
+            let below = self.top.replace(Some(record));
+            drop((evicted, below));
+        }
     }
 
     #[inline]
     pub(crate) fn take(core: &Arc<Core>) -> Arc<Record> {
         let cached = LANES_OF_THREAD.try_with(|lanes| {
-            let mut lanes = lanes.try_borrow_mut().ok()?;
-            let lane = &mut lanes[lane_of(core)];
-            if is_of(lane, core) { lane.pop() } else { None }
+            let lane = Lane::of(lanes, core);
+            match lane.top.take() {
+                Some(record) if is_of(&record, core) => Some(record),
+                None => lane.pop(core),
+                of_another => {
+                    lane.top.set(of_another);
+                    None
+                }
+            }
         });
         match cached {
             Ok(Some(record)) => record,
@@ -60,47 +102,28 @@ mod thread_cache {
 
     #[inline]
     pub(crate) fn put(record: Arc<Record>) {
-        let mut record = Some(record);
-        // An error leaves the record here, to be dropped.
-        let _ = LANES_OF_THREAD.try_with(|lanes| {
-            let Ok(mut lanes) = lanes.try_borrow_mut() else { return };
-            let Some(core) = record.as_ref().map(|record| record.core()) else { return };
-            let lane = &mut lanes[lane_of(core)];
-            if lane.len() < lane.capacity() && (lane.is_empty() || is_of(lane, core)) {
-                lane.extend(record.take());
+        // Dropped with the closure if there is no cache any more.
+        let _ = LANES_OF_THREAD.try_with(move |lanes| {
+            let lane = Lane::of(lanes, record.core());
+            match lane.top.take() {
+                None => lane.top.set(Some(record)),
+                Some(top) => lane.push(record, top),
             }
         });
-        if let Some(record) = record {
-            put_slowly(record);
-        }
-    }
-
-    /// Into a lane that is empty, or full, or of another domain. That one is given up: what a thread reads now is what
-    /// it will read next.
-    #[cold]
-    fn put_slowly(record: Arc<Record>) {
-        let mut record = Some(record);
-        let evicted = LANES_OF_THREAD.try_with(|lanes| {
-            let mut lanes = lanes.try_borrow_mut().ok()?;
-            let core = record.as_ref()?.core();
-            let lane = &mut lanes[lane_of(core)];
-            if is_of(lane, core) && lane.len() == DEPTH {
-                return None;
-            }
-            let evicted = if is_of(lane, core) { Lane::new() } else { std::mem::take(lane) };
-            lane.reserve_exact(DEPTH - lane.len());
-            lane.extend(record.take());
-            Some(evicted)
-        });
-        // After the borrow.
-        drop((evicted, record));
     }
 
     pub(crate) fn evict(core: &Arc<Core>) {
         let evicted = LANES_OF_THREAD.try_with(|lanes| {
-            let mut lanes = lanes.try_borrow_mut().ok()?;
-            let lane = &mut lanes[lane_of(core)];
-            is_of(lane, core).then(|| std::mem::take(lane))
+            let lane = Lane::of(lanes, core);
+            let top = lane.top.take();
+            let rest = lane.pop(core).map(|last| (last, lane.rest.take()));
+            match top {
+                Some(of_another) if !is_of(&of_another, core) => {
+                    lane.top.set(Some(of_another));
+                    (None, rest)
+                }
+                top => (top, rest),
+            }
         });
         drop(evicted);
     }

@@ -15,9 +15,10 @@
 //! What it costs:
 //!
 //! * **A section** costs two atomic adds on a line of its own thread's stripe, and a record of where it was taken, which
-//!   the thread keeps for its next section. That is more than an uncontended lock of std, whose guard can do less, and
-//!   less than any lock whose guard may be kept and sent; what it buys is that a second reader costs the first nothing.
-//!   `cargo bench -p srcu --bench read` measures it.
+//!   the thread keeps for its next section. That is more than a lock of std or parking_lot that nobody else reads, and
+//!   a fraction of tokio's, whose guard can be held across awaits as this one can. What it buys is that a second reader
+//!   costs the first nothing, where two readers of a lock pass a cache line to and fro. `cargo bench -p srcu --bench read`
+//!   measures both.
 //! * **A grace period** visits each stripe a few times, and then takes as long as the longest section that was open when
 //!   it began. While one waits, each section that ends in the bank it waits on takes a lock and sums the stripes.
 //! * **Memory**: a line for each section that is open, a padded line for each stripe of each domain, and whatever old

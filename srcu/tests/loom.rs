@@ -26,7 +26,7 @@ fn model(f: impl Fn() + Sync + Send + 'static) {
 }
 
 /// More threads: every schedule in which threads are preempted this often at most, so that all tests together take
-/// seconds. Each order that the tests are there for breaks with two.
+/// seconds. All mutations that the README lists are found within it.
 const PREEMPTIONS: usize = 3;
 
 fn model_of_three(f: impl Fn() + Sync + Send + 'static) {

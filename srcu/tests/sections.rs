@@ -102,13 +102,16 @@ fn a_guard_may_be_dropped_while_the_locals_of_its_thread_are() {
     std::thread_local! { static KEPT: Cell<Option<ReadGuard>> = const { Cell::new(None) } }
 
     let domain = Domain::new("thread locals");
-    thread::scope(|scope| {
-        scope.spawn(|| {
+    // Joined, not scoped: a scope ends before the locals of its threads have been dropped.
+    let thread = thread::spawn({
+        let domain = domain.clone();
+        move || {
             // The guard's local is made before the thread's cache, and so dropped after it.
             KEPT.set(None);
             KEPT.set(Some(domain.read()));
-        });
+        }
     });
+    thread.join().unwrap();
     assert_eq!(domain.readers(), 0);
     assert!(Polled::new(domain.synchronize()).is_ready());
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use shootdown_core::round::TargetReport;
+pub use shootdown_core::round::{Outcome, TargetReport};
 use shootdown_core::{Access, AddrRange, AddressSpaceId, Cause, Moment, OwnerTag, Seq, Translation};
 
 /// How long a caller waits for a round.

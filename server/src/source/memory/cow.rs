@@ -27,7 +27,7 @@ use super::error::MemoryError;
 use super::frame::{FrameLife, FrameRef};
 use super::gather::Quiesced;
 use super::outcome::CopiedPage;
-use super::page_table::Stage;
+use super::page_table::{Entry, Stage};
 use crate::source::{Notifier, Wait};
 
 /// How a copy on write ended.
@@ -120,10 +120,9 @@ impl<'a> Replacement<'a> {
         }
         let Some(table) = self.space.tables.get(self.page) else { return false };
         let mut entries = table.lock();
-        let same = entries
-            .get_mut(self.page)
-            .filter(|entry| entry.is_life(self.old) && entry.allows == Access::Read);
-        let (Some(entry), Some(copy)) = (same, self.copy.take()) else { return false };
+        let orig_pte = |entry: &&mut Entry| entry.is_life(self.old) && entry.allows == Access::Read;
+        let Some(entry) = entries.get_mut(self.page).filter(orig_pte) else { return false };
+        let Some(copy) = self.copy.take() else { return false };
         self.replaced = Some(std::mem::replace(&mut entry.frame, copy));
         entry.allows = Access::Write;
         entry.stage = Stage::Settling;

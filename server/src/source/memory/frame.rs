@@ -33,8 +33,8 @@ const _: () = assert!(FRAME_BYTES as u64 == PageSize::BASE.bytes());
 /// A frame is poisoned when its last reference goes, and given a new generation; generations come from
 /// one counter for the whole store, so that a later life of a frame always has the higher one.
 ///
-/// The price of no `unsafe`: an access to a frame is a system call, about half a microsecond for 4 KiB.
-/// Frames that were never taken cost no memory.
+/// The price of no `unsafe`: an access to a frame is a system call. Taking a frame is one or two (is the
+/// poison whole, fill it), and freeing it is one. Frames that were never taken cost no memory.
 #[derive(Debug)]
 pub struct FrameStore {
     memory: File,

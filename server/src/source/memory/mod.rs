@@ -5,7 +5,7 @@
 //!
 //! | file | kernel |
 //! |---|---|
-//! | [`frame`] | `struct page`: references, poison |
+//! | `frame` | `struct page`: references, poison |
 //! | `page_table`, `vma`, `address_space` | `pte_t` and its lock, `vm_area_struct`, `mm_struct` |
 //! | `fault`, `translate` | `handle_pte_fault`, `get_user_pages` |
 //! | `cow` | `do_wp_page` |
@@ -17,7 +17,7 @@
 //!
 //! What it can hold, and for how long: every page, until the notifier says that devices have stopped.
 
-pub mod frame;
+mod frame;
 mod page_table;
 mod vma;
 mod address_space;

@@ -6,7 +6,7 @@
 #![forbid(unsafe_code)]
 
 /// The generated types of package `shootdown.v1`; the comments are those of the .proto files.
-#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated code")]
 pub mod v1 {
     tonic::include_proto!("shootdown.v1");
 

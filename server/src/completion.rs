@@ -9,6 +9,7 @@
 //! ```
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use shootdown_core::event::Event;
@@ -36,20 +37,20 @@ pub(crate) struct WaitingRound {
 #[derive(Debug)]
 struct Ledger {
     round: Round,
-    bracket: Bracket,
+    bracket: EndedBy,
     dispatched: Moment,
 }
 
-/// Who ends the bracket.
+/// Who ends the bracket of a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Bracket {
+pub(crate) enum EndedBy {
     /// The caller will, by `invalidate_range_end`.
-    CallerEnds,
+    Caller,
     /// The round's task does as soon as the round is complete: the method is a bracket around one
     /// page, or the caller ended or abandoned it before.
-    TaskEnds,
+    Task,
     /// Nobody: the address space is released, and nothing will be granted any more.
-    NeverEnds,
+    Nobody,
 }
 
 /// What the end of a bracket by its caller comes to.
@@ -80,7 +81,7 @@ impl WaitingRound {
     pub(crate) fn new(
         event: Event,
         targets: impl IntoIterator<Item = (SessionId, DeviceId)>,
-        bracket: Bracket,
+        bracket: EndedBy,
         called: Moment,
         clock: Clock,
     ) -> Self {
@@ -110,9 +111,9 @@ impl WaitingRound {
     pub(crate) fn on_end(&self) -> End {
         let mut ledger = self.round.lock();
         match ledger.bracket {
-            Bracket::TaskEnds | Bracket::NeverEnds => End::NotTheCallers,
-            Bracket::CallerEnds => {
-                ledger.bracket = Bracket::TaskEnds;
+            EndedBy::Task | EndedBy::Nobody => End::NotTheCallers,
+            EndedBy::Caller => {
+                ledger.bracket = EndedBy::Task;
                 if self.finished.initialized() { End::Now } else { End::WhenComplete }
             }
         }
@@ -134,6 +135,8 @@ impl WaitingRound {
         match wait {
             // Only a round without targets was opened for such a caller: it is complete.
             Wait::NotAtAll => {}
+            // A timer takes a millisecond, even for no time at all.
+            Wait::AtMost(Duration::ZERO) => {}
             Wait::ForTargets => drop(self.finished.wait().await),
             // An expired timer is not looked at: the ledger alone says whether the round is complete
             // (TimeoutIsNotAck).
@@ -186,9 +189,9 @@ pub(crate) fn finish(round: &WaitingRound, owned: Owned) {
         (ledger.round.event().seq, ledger.bracket)
     };
     match bracket {
-        Bracket::TaskEnds => space.end_bracket(seq),
+        EndedBy::Task => space.end_bracket(seq),
         // It stays listed, so that its caller can ask for the outcome until the end.
-        Bracket::CallerEnds | Bracket::NeverEnds => {}
+        EndedBy::Caller | EndedBy::Nobody => {}
     }
     drop(permit);
 }

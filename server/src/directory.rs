@@ -130,7 +130,10 @@ pub(crate) struct Order {
 
 impl AddressSpace {
     fn new(id: AddressSpaceId, name: &str, source: Arc<dyn Translate>, most_rounds: usize) -> Self {
-        let domain = srcu::Domain::new(format!("address space {id} ({name})"));
+        // The watchdog asks for stalls and tells of them; a callback a section would be a line for each
+        // of the rounds that one slow device holds.
+        let domain =
+            srcu::Domain::builder().name(format!("address space {id} ({name})")).on_stall(|_| {}).build();
         Self {
             id,
             name: name.to_owned(),

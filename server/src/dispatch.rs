@@ -14,7 +14,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::Clock;
-use crate::completion::{self, Bracket, Owned, Token, WaitingRound};
+use crate::completion::{self, EndedBy, Owned, Token, WaitingRound};
 use crate::directory::AddressSpace;
 use crate::session::SessionHandle;
 use crate::source::NotifyError;
@@ -26,7 +26,7 @@ pub(crate) struct Call {
     pub(crate) method: Method,
     pub(crate) cause: Cause,
     pub(crate) owner: Option<OwnerTag>,
-    pub(crate) bracket: Bracket,
+    pub(crate) bracket: EndedBy,
 }
 
 /// What became of a call that must not wait.

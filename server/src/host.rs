@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::Clock;
-use crate::completion::{Bracket, End, WaitingRound};
+use crate::completion::{End, EndedBy, WaitingRound};
 use crate::directory::{AddressSpace, Directory};
 use crate::dispatch::{Call, Dispatched, Leave};
 use crate::session::registry::Registry;
@@ -177,7 +177,7 @@ impl Host {
     ) -> Result<RoundResult, NotifyError> {
         let called = self.clock().now();
         let space = self.directory().expect(address_space)?;
-        let call = Call { range, method, cause, owner, bracket: Bracket::TaskEnds };
+        let call = Call { range, method, cause, owner, bracket: EndedBy::Task };
         match self.open(&space, call, wait, called).await? {
             Dispatched::Open(round) => Ok(round.wait(wait).await),
             Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
@@ -230,7 +230,7 @@ impl Host {
             method: Method::Release,
             cause: Cause::Release,
             owner: None,
-            bracket: Bracket::NeverEnds,
+            bracket: EndedBy::Nobody,
         };
         let result = match self.open(&space, call, Wait::ForTargets, called).await? {
             Dispatched::Open(round) => {
@@ -268,7 +268,7 @@ impl Notifier for Host {
         let called = self.clock().now();
         let Invalidation { address_space, range, cause, owner, wait } = invalidation;
         let space = self.directory().expect(address_space)?;
-        let call = Call { range, method: Method::Invalidate, cause, owner, bracket: Bracket::CallerEnds };
+        let call = Call { range, method: Method::Invalidate, cause, owner, bracket: EndedBy::Caller };
         match self.open(&space, call, wait, called).await? {
             Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
             Dispatched::Open(round) => {

@@ -107,13 +107,23 @@ pub struct Addresses {
 /// # Errors
 /// [`StartError`]; what was started before the failure is stopped.
 pub fn start(config: Config) -> Result<Running, StartError> {
+    let Config {
+        listen,
+        source_listen,
+        admin_listen,
+        allow_uids,
+        shards: shard_count,
+        memory_frames,
+        drain_timeout,
+        host,
+    } = config;
     // Sockets first: a second daemon on the same ones must fail before it does anything.
     let mut addresses = Addresses::default();
-    let device = bind(&config.listen, false, &mut addresses.device)?;
-    let source = bind(&config.source_listen, true, &mut addresses.source)?;
-    let admin = bind(&config.admin_listen, true, &mut addresses.admin)?;
-    let frames = FrameStore::new(config.memory_frames)
-        .map_err(|error| StartError::Frames { frames: config.memory_frames, error })?;
+    let device = bind(&listen, false, &mut addresses.device)?;
+    let source = bind(&source_listen, true, &mut addresses.source)?;
+    let admin = bind(&admin_listen, true, &mut addresses.admin)?;
+    let frames = FrameStore::new(memory_frames)
+        .map_err(|error| StartError::Frames { frames: memory_frames, error })?;
 
     // The control plane has a runtime of its own: it answers while every shard is busy.
     let stop = CancellationToken::new();
@@ -123,15 +133,15 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     // From here on a failure, which drops it, stops what was started.
     let stop_on_drop = stop.clone().drop_guard();
 
-    let host = Host::new(config.host.clone(), control.handle.clone());
+    let host = Host::new(host, control.handle.clone());
     let clock = host.clock();
     let memory_config = MemoryConfig::new(Arc::new(move || clock.now()), control.handle.clone());
     let memory = MemorySource::new(Arc::new(host.clone()), Arc::clone(&frames), memory_config);
 
     let (health, health_service) = tonic_health::server::health_reporter();
-    let mut shards = Vec::with_capacity(config.shards);
-    let mut doors = Vec::with_capacity(config.shards);
-    for index in 0..config.shards {
+    let mut shards = Vec::with_capacity(shard_count);
+    let mut doors = Vec::with_capacity(shard_count);
+    for index in 0..shard_count {
         let (door, arrivals) = shard::doors();
         let services = Services {
             devices: Devices { host: host.clone(), shard_index: index },
@@ -149,7 +159,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         doors.push(door);
     }
 
-    let leave = Leave { uids: config.allow_uids.as_slice().into() };
+    let leave = Leave { uids: allow_uids.into() };
     let control_tasks = &control.handle;
     for listener in device {
         let doors = doors.iter().map(|doors| doors.device.clone()).collect();
@@ -167,7 +177,6 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     control_tasks.spawn(serve_admin(admin_rx, admin, health_service, reflection()?, stop.clone()));
     control_tasks.spawn(watchdog::run(host.clone(), stop.clone()));
 
-    let drain_timeout = config.drain_timeout;
     Ok(Running {
         host,
         memory,

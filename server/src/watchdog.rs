@@ -1,11 +1,13 @@
 //! Looks at what takes too long, and names it: rounds, and who holds a read section of a subscriber
 //! list. It changes nothing; what ends a round is an ack or a fence.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
+use crate::completion::WaitingRound;
 use crate::directory::AddressSpace;
 use crate::host::Host;
 
@@ -28,28 +30,34 @@ pub(crate) async fn run(host: Host, stop: CancellationToken) {
     }
 }
 
+/// One line for each address space that has something, about the oldest: a device that is stuck holds
+/// up every round that it is a target of.
 fn look(host: &Host, space: &AddressSpace) {
     let now = host.clock().now();
-    let waiting: Vec<_> = space.rounds.lock().values().filter(|round| round.is_waiting()).cloned().collect();
-    for round in waiting {
+    let is_slow = |round: &&Arc<WaitingRound>| {
+        round.is_waiting() && round.look(|round| now.since(round.opened())) >= SLOW_ROUND
+    };
+    let (oldest, slow) = {
+        let rounds = space.rounds.lock();
+        (rounds.values().find(is_slow).cloned(), rounds.values().filter(is_slow).count())
+    };
+    if let Some(round) = oldest {
         round.look(|round| {
-            let age = now.since(round.opened());
-            if age < SLOW_ROUND {
-                return;
-            }
             let event = round.event();
             let missing: Vec<&str> = round.missing().map(|target| target.device.as_str()).collect();
             tracing::warn!(
                 address_space = event.address_space.get(),
-                seq = event.seq.get(),
+                slow,
+                oldest = event.seq.get(),
                 range = %event.range,
-                ?age,
+                age = ?now.since(round.opened()),
                 ?missing,
-                "a round waits for devices; each is fenced when its lease ends",
+                "rounds wait for devices; each device is fenced when its lease ends",
             );
         });
     }
-    for stall in space.subscribers.domain().check_stalls() {
-        tracing::debug!(address_space = space.id.get(), %stall, "a read section of the subscriber list is old");
+    let stalls = space.subscribers.domain().check_stalls();
+    if let Some(oldest) = stalls.iter().max_by_key(|stall| stall.age) {
+        tracing::debug!(address_space = space.id.get(), stalls = stalls.len(), %oldest, "old read sections");
     }
 }

@@ -30,7 +30,7 @@ impl Bystander {
         Self { device, round, notice }
     }
 
-    async fn is_unharmed(mut self) {
+    async fn check_unharmed(mut self) {
         self.device.settled().await;
         assert!(!self.round.is_finished(), "its round waits for its own ack");
         self.device.ack(self.notice).await;
@@ -58,7 +58,7 @@ impl Scene {
     }
 
     async fn unharmed(self) {
-        self.bystander.is_unharmed().await;
+        self.bystander.check_unharmed().await;
     }
 }
 
@@ -413,17 +413,17 @@ async fn bad_requests_of_a_source_are_refused_by_reason() {
     };
     let unaligned = v1::AddressRange { start: 1, end: 2, all: false };
     for (request, reason) in [
-        (v1::InvalidateRangeStartRequest { range: Some(unaligned), ..start.clone() }, Reason::RangeInvalid),
-        (v1::InvalidateRangeStartRequest { range: None, ..start.clone() }, Reason::FieldInvalid),
-        (v1::InvalidateRangeStartRequest { cause: 0, ..start.clone() }, Reason::FieldInvalid),
-        (v1::InvalidateRangeStartRequest { cause: -7, ..start.clone() }, Reason::FieldInvalid),
-        (v1::InvalidateRangeStartRequest { address_space_id: 0, ..start.clone() }, Reason::FieldInvalid),
+        (v1::InvalidateRangeStartRequest { range: Some(unaligned), ..start }, Reason::RangeInvalid),
+        (v1::InvalidateRangeStartRequest { range: None, ..start }, Reason::FieldInvalid),
+        (v1::InvalidateRangeStartRequest { cause: 0, ..start }, Reason::FieldInvalid),
+        (v1::InvalidateRangeStartRequest { cause: -7, ..start }, Reason::FieldInvalid),
+        (v1::InvalidateRangeStartRequest { address_space_id: 0, ..start }, Reason::FieldInvalid),
         (
-            v1::InvalidateRangeStartRequest { address_space_id: 4711, ..start.clone() },
+            v1::InvalidateRangeStartRequest { address_space_id: 4711, ..start },
             Reason::AddressSpaceUnknown,
         ),
         (
-            v1::InvalidateRangeStartRequest { address_space_id: scene.space.get(), ..start.clone() },
+            v1::InvalidateRangeStartRequest { address_space_id: scene.space.get(), ..start },
             Reason::AddressSpaceNotOwned,
         ),
     ] {

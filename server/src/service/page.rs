@@ -29,7 +29,7 @@ impl PageService for Pages {
         let spans = convert::spans(request.spans)?;
         let session = self.admit(request.session_id, request.epoch)?;
         let mut data = BytesMut::with_capacity(spans.iter().map(|span| span.length as usize).sum());
-        self.frames.read(&spans, &mut data).map_err(refused)?;
+        self.frames.read(&spans, &mut data).map_err(|error| refused(&error))?;
         still_admitted(&session)?;
         Ok(Response::new(v1::ReadResponse { data: data.freeze() }))
     }
@@ -46,7 +46,7 @@ impl PageService for Pages {
         let mut rest = request.data;
         for span in spans {
             let part = rest.split_to(span.length as usize);
-            self.frames.write(span.frame, span.offset, &part).map_err(refused)?;
+            self.frames.write(span.frame, span.offset, &part).map_err(|error| refused(&error))?;
         }
         Ok(Response::new(v1::WriteResponse {}))
     }
@@ -74,6 +74,6 @@ fn still_admitted(handle: &SessionHandle) -> Result<(), Status> {
     Ok(())
 }
 
-fn refused(error: FrameError) -> Status {
-    make_status(status::frame_reason(&error), error.to_string(), &[])
+fn refused(error: &FrameError) -> Status {
+    make_status(status::frame_reason(error), error.to_string(), &[])
 }

@@ -363,6 +363,14 @@ impl Device {
         }
     }
 
+    /// A heartbeat whose answer is not waited for.
+    pub async fn beat(&mut self) {
+        let request_id = self.request();
+        let ask = v1::SessionRequest { message: Some(Ask::Heartbeat(v1::Heartbeat { request_id })) };
+        // The host agent may have ended the stream by now.
+        drop(self.asks.send(ask).await);
+    }
+
     /// Ends the stream without a word.
     pub fn cut(self) {
         drop(self);

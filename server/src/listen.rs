@@ -10,6 +10,7 @@ use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use shootdown_proto::error::{Reason, status};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -162,6 +163,7 @@ impl Acceptor {
                 let (stream, _) = listener.accept().await?;
                 // Notices and acks are small, and each is waited for.
                 stream.set_nodelay(true)?;
+                find_vanished(&stream)?;
                 Ok(Accepted::Tcp(stream.into_std()?, Peer { uid: None, has_leave: false }))
             }
             Self::Unix(listener, leave) => {
@@ -172,6 +174,24 @@ impl Acceptor {
             }
         }
     }
+}
+
+/// How long a TCP connection may be silent before the kernel asks whether the peer is still there, how
+/// often it asks, and how long anything sent may stay unacknowledged. A peer that vanished without a
+/// word is found within the sum.
+const TCP_IDLE: Duration = Duration::from_secs(10);
+const TCP_PROBE: Duration = Duration::from_secs(2);
+const TCP_PROBES: u32 = 3;
+
+fn find_vanished(stream: &tokio::net::TcpStream) -> io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, TCP_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, TCP_PROBE)?;
+    sockopt::set_tcp_keepcnt(stream, TCP_PROBES)?;
+    let unacknowledged = TCP_IDLE + TCP_PROBE * TCP_PROBES;
+    sockopt::set_tcp_user_timeout(stream, u32::try_from(unacknowledged.as_millis()).unwrap_or(u32::MAX))?;
+    Ok(())
 }
 
 /// A connection on a shard.

@@ -39,10 +39,6 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 /// Streams of one connection: a session, and reads and writes of frames.
 const MOST_STREAMS: u32 = 256;
 
-/// A peer that vanished without a word is found after the interval and the time-out together.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// Reads and writes of frames: 256 spans of a page each, and room for the rest.
 const MOST_PAGE_BYTES: usize = 2 << 20;
 
@@ -313,13 +309,13 @@ async fn serve_admin<H: Health, R: ServerReflection>(
     shard::until_stopped(serving, stop, "administrators").await;
 }
 
+/// No HTTP/2 keepalive: a session that falls silent is found by its lease, and a connection without one
+/// by TCP's own keepalive (see [`crate::listen`]), neither of which needs a timer on the shard.
 fn server() -> Server {
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MOST_STREAMS)
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
 }
 
 fn reflection() -> Result<ServerReflectionServer<impl ServerReflection>, StartError> {

@@ -1,33 +1,52 @@
-//! Looks at what takes too long, and names it: rounds, and who holds a read section of a subscriber
-//! list. It changes nothing; what ends a round is an ack or a fence.
+//! Time, for everything that has a deadline: the sessions' leases and acks; and what takes too long is
+//! named: rounds, and who holds a read section of a subscriber list.
+//!
+//! It runs on the control runtime. The shards have no timers of their own.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::completion::WaitingRound;
 use crate::directory::AddressSpace;
 use crate::host::Host;
 
-/// How often to look. What is looked for is measured in seconds.
+/// Deadlines are looked at this many times in the shorter of T_ack and the lease, so that one is
+/// noticed at most an eighth late. A timer for each notice would cost more than all it watches.
+const TICKS_A_DEADLINE: u32 = 8;
+
+/// How often to look for what takes too long. What is looked for is measured in seconds.
 const PERIOD: Duration = Duration::from_secs(5);
 
 /// A round older than this is named. By then each of its devices has been suspect for a while.
 const SLOW_ROUND: Duration = Duration::from_secs(10);
 
 pub(crate) async fn run(host: Host, stop: CancellationToken) {
-    let mut looks = tokio::time::interval(PERIOD);
-    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let session = host.session_config();
+    let mut ticks = every(deadline_tick(session.ack_timeout, session.lease.host_duration()));
+    let mut looks = every(PERIOD);
     loop {
         tokio::select! {
             biased;
-            // First: nothing is reported of a host agent that stops.
+            // First: nothing is decided for a host agent that stops.
             () = stop.cancelled() => return,
+            // Before the looks: it is what bounds every round.
+            _ = ticks.tick() => host.registry().list().iter().for_each(|session| session.on_tick()),
             _ = looks.tick() => host.directory().list().iter().for_each(|space| look(&host, space)),
         }
     }
+}
+
+fn every(period: Duration) -> Interval {
+    let mut interval = tokio::time::interval(period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+fn deadline_tick(ack_timeout: Duration, lease: Duration) -> Duration {
+    (ack_timeout.min(lease) / TICKS_A_DEADLINE).clamp(Duration::from_millis(5), Duration::from_secs(1))
 }
 
 /// One line for each address space that has something, about the oldest: a device that is stuck holds

@@ -418,10 +418,7 @@ async fn bad_requests_of_a_source_are_refused_by_reason() {
         (v1::InvalidateRangeStartRequest { cause: 0, ..start }, Reason::FieldInvalid),
         (v1::InvalidateRangeStartRequest { cause: -7, ..start }, Reason::FieldInvalid),
         (v1::InvalidateRangeStartRequest { address_space_id: 0, ..start }, Reason::FieldInvalid),
-        (
-            v1::InvalidateRangeStartRequest { address_space_id: 4711, ..start },
-            Reason::AddressSpaceUnknown,
-        ),
+        (v1::InvalidateRangeStartRequest { address_space_id: 4711, ..start }, Reason::AddressSpaceUnknown),
         (
             v1::InvalidateRangeStartRequest { address_space_id: scene.space.get(), ..start },
             Reason::AddressSpaceNotOwned,

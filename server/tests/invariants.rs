@@ -565,7 +565,7 @@ async fn a_device_that_leaves_resolves_its_rounds() {
 #[tokio::test]
 async fn an_older_session_of_a_device_never_blocks_the_newer() {
     let agent = Agent::start_with(|config| {
-        config.host.session.lease.duration = Duration::from_millis(500);
+        config.host.session.lease.duration = Duration::from_secs(2);
         config.host.session.lease.margin = Duration::from_millis(20);
     });
     let space = agent.space();
@@ -579,10 +579,10 @@ async fn an_older_session_of_a_device_never_blocks_the_newer() {
     assert_eq!(old.last_word().await.0.reason(), Reason::SessionReplaced);
     assert!(!round.is_finished(), "a new session is no ack of the old one");
     new.subscribe(space, pages(7, 1)).await;
-    assert_eq!(quiesced(round).await[0].outcome, Outcome::Fenced);
     let mut stale = Device::connect(&agent).await;
     stale.ask(Ask::Hello(v1::Hello { incarnation: 1, ..Device::hello_of("gpu") })).await;
     assert_eq!(stale.last_word().await.0.reason(), Reason::SessionReplaced);
+    assert_eq!(quiesced(round).await[0].outcome, Outcome::Fenced);
 }
 
 /// An administrator's eviction ends the stream and makes up no ack.

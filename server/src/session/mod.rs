@@ -164,7 +164,8 @@ impl SessionHandle {
         self.severed.cancel();
     }
 
-    fn on_tick(&self) {
+    /// Time passed; called for all sessions by the [`crate::watchdog`].
+    pub(crate) fn on_tick(&self) {
         let now = self.clock.now();
         self.with(now, |state, effects| state.session.on_tick(now, effects));
     }
@@ -180,7 +181,7 @@ impl SessionHandle {
                     state.last_word.get_or_insert_with(|| last_word(*reason));
                 }
             }
-            (result, state.stream.take())
+            (result, state.waker_if_it_can_say())
         };
         self.carry_out(effects, now);
         wake(waker);

@@ -15,7 +15,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use shootdown_proto::error::status;
 use shootdown_proto::message::{HostSays, SessionError};
@@ -111,6 +111,18 @@ impl SessionHandle {
 }
 
 impl State {
+    /// The stream's waker, if polling it would bring something. To wake it for nothing would cost
+    /// every ack a poll of the connection.
+    pub(super) fn waker_if_it_can_say(&mut self) -> Option<Waker> {
+        let outbox = self.session.outbox();
+        let can_say = !self.answers.is_empty()
+            || (self.session.phase().has_stream() && outbox.has_sendable())
+            || (!self.farewells.is_empty() && outbox.pending() == 0)
+            || self.last_word.is_some()
+            || self.closed;
+        if can_say { self.stream.take() } else { None }
+    }
+
     fn next_say(&mut self, clock: Clock) -> Option<HostSays> {
         if let Some(answer) = self.answers.pop_front() {
             return Some(answer);

@@ -1,24 +1,20 @@
 //! [7 of 9] What a device says, applied. One task a session, on the session's shard: it selects the
 //! next event, then applies it. It outlives the stream, until the device has provably stopped.
 
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use shootdown_core::SessionId;
 use shootdown_core::session::Phase;
 use shootdown_proto::error::{Malformed, Reason};
 use shootdown_proto::message::{DeviceSays, HostSays, RequestId};
 use shootdown_proto::v1;
-use tokio::time::{Interval, MissedTickBehavior};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, Streaming};
 
 use super::{SessionHandle, fault};
 use crate::host::Host;
 use crate::status;
-
-/// Deadlines are looked at this many times in the shorter of T_ack and the lease, so that one is
-/// noticed at most an eighth late. A timer for each notice would cost more than all it watches.
-const TICKS_A_DEADLINE: u32 = 8;
 
 /// What a session's task waits for.
 enum Happening {
@@ -28,38 +24,36 @@ enum Happening {
     Broken(Status),
     /// The device closed its half without a Leave, or somebody ended the session.
     Closed,
-    Tick,
 }
 
 /// Runs until the device has stopped: by its own word, or by a fence.
+///
+/// It owns no timer: deadlines are the watchdog's, on the control runtime. A shard on which no timer is
+/// set sleeps until something arrives, and its sleep costs less.
 pub(crate) async fn run(host: Host, handle: Arc<SessionHandle>, mut inbound: Streaming<v1::SessionRequest>) {
-    let mut ticks = ticks(host.session_config().ack_timeout, host.session_config().lease.duration);
+    let severed = handle.severed.clone().cancelled_owned();
+    tokio::pin!(severed);
     while handle.phase().has_stream() {
-        let happening = next(&handle, &mut inbound, &mut ticks).await;
+        let happening = next(&handle, &mut inbound, severed.as_mut()).await;
         apply(&host, &handle, happening);
     }
     drop(inbound);
-    while !handle.phase().is_over() {
-        ticks.tick().await;
-        handle.on_tick();
-    }
+    handle.over.cancelled().await;
     handle.withdraw_all();
     host.registry().forget(&handle);
 }
 
 /// # Cancel safety
-/// Each arm is: the stream keeps a message that was not taken, a token stays cancelled, and a tick
-/// that is missed comes again.
+/// Both arms are: the stream keeps a message that was not taken, and a token stays cancelled.
 async fn next(
     handle: &SessionHandle,
     inbound: &mut Streaming<v1::SessionRequest>,
-    ticks: &mut Interval,
+    severed: Pin<&mut WaitForCancellationFutureOwned>,
 ) -> Happening {
     tokio::select! {
         biased;
         // First: a session that was ended says nothing more that counts.
-        () = handle.severed.cancelled() => Happening::Closed,
-        // Before the ticks: an ack that has arrived is heard before its deadline is looked at.
+        () = severed => Happening::Closed,
         message = read(handle, inbound) => match message {
             Ok(Some(wire)) => match DeviceSays::try_from(wire) {
                 Ok(says) => Happening::Said(Box::new(says)),
@@ -68,7 +62,6 @@ async fn next(
             Ok(None) => Happening::Closed,
             Err(status) => Happening::Broken(status),
         },
-        _ = ticks.tick() => Happening::Tick,
     }
 }
 
@@ -95,7 +88,6 @@ fn apply(host: &Host, handle: &Arc<SessionHandle>, happening: Happening) {
             handle.on_severed();
         }
         Happening::Closed => handle.on_severed(),
-        Happening::Tick => handle.on_tick(),
     }
 }
 
@@ -131,14 +123,6 @@ fn heartbeat(handle: &SessionHandle, request: RequestId) {
     if let Some(lease) = granted {
         handle.answer(HostSays::LeaseRenewed { request, lease });
     }
-}
-
-fn ticks(ack_timeout: Duration, lease: Duration) -> Interval {
-    let period =
-        (ack_timeout.min(lease) / TICKS_A_DEADLINE).clamp(Duration::from_millis(5), Duration::from_secs(1));
-    let mut ticks = tokio::time::interval(period);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    ticks
 }
 
 /// Ends a session by its id.

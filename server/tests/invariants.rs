@@ -205,6 +205,46 @@ async fn an_abandoned_start_keeps_its_bracket_until_its_round_is_complete() {
     assert_eq!(agent.listed_space().await.open_brackets, 0);
 }
 
+/// 2 of the traps: a call that is dropped, wherever it was, either did nothing, or its round goes on
+/// and its pages stay until every device has acked.
+#[tokio::test]
+async fn a_call_that_is_dropped_at_any_await_point_never_opens_the_gate() {
+    let agent = Agent::start();
+    let memory = agent.running.as_ref().unwrap().memory().clone();
+    let frames = std::sync::Arc::clone(agent.running.as_ref().unwrap().frames());
+    let mut device = agent.device("gpu").await;
+    for polls in 0..8 {
+        let space = memory.create("dropped").unwrap();
+        memory.map(space, pages(16, 1), Access::Write).unwrap();
+        memory.store(space, 16 * 4096, b"content").await.unwrap();
+        device.subscribe(space, pages(16, 1)).await;
+        device.start_fault(space, pages(16, 1)).await;
+        let frame = device.grant().await.translations[0].frame;
+        let in_use = frames.in_use();
+        let mut unmap = Box::pin(memory.unmap(space, pages(16, 1)));
+        for _ in 0..polls {
+            assert!(is_pending(&mut unmap).await, "the device has not acked");
+            tokio::task::yield_now().await;
+        }
+        drop(unmap);
+        if polls == 0 {
+            assert_eq!(agent.host().rounds_in_flight(), 0, "it never began");
+            continue;
+        }
+        let notice = device.notice().await.number;
+        let mut content = bytes::BytesMut::new();
+        let span = shootdown_proto::message::FrameSpan {
+            frame: shootdown_core::FrameNumber(frame),
+            offset: 0,
+            length: 7,
+        };
+        frames.read(&[span], &mut content).unwrap();
+        assert_eq!((&content[..], frames.in_use()), (&b"content"[..], in_use), "the page is not released");
+        device.ack(notice).await;
+        until(|| frames.in_use() < in_use).await;
+    }
+}
+
 /// 8: a call that cannot wait and has a target leaves nothing behind.
 #[tokio::test]
 async fn non_block_atomic() {

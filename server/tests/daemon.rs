@@ -1,0 +1,151 @@
+//! `shootdownd` as a process: its flags, its exit codes, its signals, its listeners.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use common::{Device, connect, soon};
+use shootdown_proto::v1;
+use shootdown_proto::v1::session_request::Message as Ask;
+use shootdown_proto::v1::session_response::Message as Say;
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_shootdownd");
+
+fn run(arguments: &[&str]) -> Output {
+    Command::new(DAEMON).args(arguments).env_remove("RUST_LOG").output().unwrap()
+}
+
+/// A daemon that is ended when the test is.
+struct Daemon(Child);
+
+impl Daemon {
+    /// Returns when it listens.
+    fn start(arguments: &[&str]) -> Self {
+        let child =
+            Command::new(DAEMON).args(arguments).stderr(Stdio::piped()).env_remove("RUST_LOG").spawn();
+        let mut daemon = Self(child.unwrap());
+        let mut stderr = BufReader::new(daemon.0.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.contains("listening for devices") {
+            line.clear();
+            assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before it listened");
+        }
+        // Keep reading, so that its log never blocks it.
+        std::thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
+        daemon
+    }
+
+    fn terminate(&self) {
+        let pid = rustix::process::Pid::from_child(&self.0);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+fn flag(folder: &Path, name: &str) -> String {
+    format!("unix:{}", folder.join(name).display())
+}
+
+#[test]
+fn a_wrong_flag_is_a_usage_error_and_a_wrong_setting_exits_78() {
+    assert_eq!(run(&["--no-such-flag"]).status.code(), Some(2));
+    for wrong in [
+        &[][..],
+        &["--listen", "127.0.0.1:0", "--window", "0"],
+        &["--listen", "0.0.0.0:0"],
+        &["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"],
+        &["--config", "/nowhere/at/all.toml"],
+    ] {
+        let output = run(wrong);
+        assert_eq!(output.status.code(), Some(78), "{wrong:?}: {output:?}");
+        assert!(!output.stderr.is_empty(), "it says what to do");
+    }
+}
+
+#[test]
+fn a_wrong_config_file_is_named_with_the_line_and_check_config_accepts_a_right_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("shootdownd.toml");
+    std::fs::write(&file, "listen = ['127.0.0.1:0']\nwindow = 'wide'\n").unwrap();
+    let path = file.to_str().unwrap();
+    let output = run(&["check-config", "--config", path]);
+    assert_eq!(output.status.code(), Some(78));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains(path) && text.contains("line 2"), "{text}");
+    std::fs::write(&file, "listen = ['127.0.0.1:0']\nwindow = 8\nlease = '3s'\n").unwrap();
+    assert_eq!(run(&["check-config", "--config", path]).status.code(), Some(0));
+}
+
+/// The rules can be broken on purpose by the checker only: not by anything in the daemon as shipped.
+#[test]
+fn the_daemon_knows_no_way_to_break_a_rule() {
+    assert_eq!(run(&["--listen", "127.0.0.1:0", "--break", "release-before-ack"]).status.code(), Some(2));
+    let binary = std::fs::read(DAEMON).unwrap();
+    let holds = |word: &str| binary.windows(word.len()).any(|window| window == word.as_bytes());
+    assert!(holds("listening for devices"), "the search finds what is there");
+    for rule in ["release-before-ack", "skip-one-target", "flush-after-ack", "grant-in-window"] {
+        assert!(!holds(rule), "{rule}");
+    }
+}
+
+#[test]
+fn a_second_daemon_on_the_same_socket_exits_69() {
+    let folder = tempfile::tempdir().unwrap();
+    let listen = flag(folder.path(), "device.sock");
+    let _first = Daemon::start(&["--listen", &listen]);
+    let second = run(&["--listen", &listen]);
+    assert_eq!(second.status.code(), Some(69), "{second:?}");
+}
+
+#[tokio::test]
+async fn it_listens_on_several_sockets_at_once_and_on_tcp() {
+    let folder = tempfile::tempdir().unwrap();
+    let (one, two) = (flag(folder.path(), "one.sock"), flag(folder.path(), "two.sock"));
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let tcp = format!("127.0.0.1:{port}");
+    let _daemon = Daemon::start(&["--listen", &one, "--listen", &two, "--listen", &tcp, "--shards", "2"]);
+    let tcp = tonic::transport::Endpoint::from_shared(format!("http://{tcp}")).unwrap();
+    for (name, channel) in [
+        ("one", connect(&folder.path().join("one.sock")).await),
+        ("two", connect(&folder.path().join("two.sock")).await),
+        ("tcp", soon(tcp.connect()).await.unwrap()),
+    ] {
+        let mut device = Device::on(channel);
+        device.hello(name).await;
+        device.settled().await;
+    }
+}
+
+#[tokio::test]
+async fn sigterm_drains_and_exits_0_within_its_bound() {
+    let folder = tempfile::tempdir().unwrap();
+    let listen = flag(folder.path(), "device.sock");
+    let mut daemon = Daemon::start(&["--listen", &listen, "--drain-timeout", "10s"]);
+    let mut device = Device::on(connect(&folder.path().join("device.sock")).await);
+    device.hello("polite").await;
+    daemon.terminate();
+    assert!(matches!(device.say().await, Say::Drain(_)));
+    device.ask(Ask::Leave(v1::Leave {})).await;
+    let status =
+        soon(tokio::task::spawn_blocking(move || (daemon.0.wait().unwrap(), daemon))).await.unwrap().0;
+    assert_eq!(status.code(), Some(0));
+    assert!(!folder.path().join("device.sock").exists(), "its socket is gone");
+    // One that does not leave is cut when the time is over.
+    let mut daemon = Daemon::start(&["--listen", &listen, "--drain-timeout", "100ms"]);
+    let mut device = Device::on(connect(&folder.path().join("device.sock")).await);
+    device.hello("stubborn").await;
+    daemon.terminate();
+    let status =
+        soon(tokio::task::spawn_blocking(move || (daemon.0.wait().unwrap(), daemon))).await.unwrap().0;
+    assert_eq!(status.code(), Some(0));
+}

@@ -4,10 +4,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use shootdown_core::{Access, AddrRange, AddressSpaceId, Incarnation, SessionId};
 use shootdown_proto::error::Malformed;
-use shootdown_proto::message::{Hello, HostSays, MAX_SESSION_MESSAGE, PROTOCOL_VERSIONS, SessionError, Welcome};
+use shootdown_proto::message::{
+    Hello, HostSays, MAX_SESSION_MESSAGE, PROTOCOL_VERSIONS, SessionError, Welcome,
+};
 use shootdown_proto::v1;
 use shootdown_proto::v1::device_service_client::DeviceServiceClient;
 
@@ -127,7 +128,9 @@ impl<T: DeviceTlb> Device<T> {
         let faulter = Faulter::new(Arc::clone(&session));
         Ok(Self { handle: Arc::new(Handle { session, faulter, tlb: any }), tlb })
     }
+}
 
+impl<T> Device<T> {
     /// Asks to be told of what happens to ranges of an address space; only what is subscribed can be
     /// faulted. Overlapping notices may come before this returns.
     ///
@@ -151,9 +154,7 @@ impl<T: DeviceTlb> Device<T> {
     pub fn tlb(&self) -> &Arc<T> {
         &self.tlb
     }
-}
 
-impl<T> Device<T> {
     /// See [`Faulter::fault`].
     ///
     /// # Errors

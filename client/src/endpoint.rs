@@ -115,7 +115,9 @@ mod tests {
 
     #[test]
     fn what_is_no_endpoint_is_refused() {
-        for given in ["", "host:1", "https://host:1", "tcp://host", "tcp://:1", "tcp://h:99999", "unix:", "unix:a"] {
+        for given in
+            ["", "host:1", "https://host:1", "tcp://host", "tcp://:1", "tcp://h:99999", "unix:", "unix:a"]
+        {
             assert!(given.parse::<Endpoint>().is_err(), "{given}");
         }
     }
@@ -123,7 +125,14 @@ mod tests {
     #[test]
     fn a_name_is_not_taken_for_local() {
         let local = |given: &str| given.parse::<Endpoint>().unwrap().is_local();
-        assert!(local("unix:/a") && local("tcp://127.0.0.1:1") && local("tcp://[::1]:1") && local("tcp://localhost:1"));
-        assert!(!local("tcp://localhost.example:1") && !local("tcp://10.0.0.1:1") && !local("tcp://0.0.0.0:1"));
+        assert!(
+            local("unix:/a")
+                && local("tcp://127.0.0.1:1")
+                && local("tcp://[::1]:1")
+                && local("tcp://localhost:1")
+        );
+        assert!(
+            !local("tcp://localhost.example:1") && !local("tcp://10.0.0.1:1") && !local("tcp://0.0.0.0:1")
+        );
     }
 }

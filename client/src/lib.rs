@@ -37,8 +37,8 @@ mod page;
 mod tlb;
 mod session;
 mod ranges;
-// #[cfg(feature = "agent")]
-// pub mod agent;
+#[cfg(feature = "agent")]
+pub mod agent;
 
 pub use clock::Clock;
 pub use config::{ChangePte, ConfigError, DeviceConfig};
@@ -58,8 +58,9 @@ pub use shootdown_core::ack::ContiguityError;
 pub use shootdown_core::id::DeviceIdError;
 pub use shootdown_core::mapping::CommitError;
 pub use shootdown_core::{
-    Access, AddrRange, AddressSpaceId, Cause, CauseSet, DeviceId, Epoch, FlushReason, FrameNumber, Incarnation,
-    Moment, NoticeNumber, OwnerTag, PageSize, RangeError, Seq, SessionId, SubscriptionId, Translation,
+    Access, AddrRange, AddressSpaceId, Cause, CauseSet, DeviceId, Epoch, FlushReason, FrameNumber,
+    Incarnation, Moment, NoticeNumber, OwnerTag, PageSize, RangeError, Seq, SessionId, SubscriptionId,
+    Translation,
 };
 pub use shootdown_proto::error::{Malformed, Reason};
 pub use shootdown_proto::message::{FrameSpan, SessionError};

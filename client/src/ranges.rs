@@ -17,7 +17,8 @@ pub(crate) fn at_most(ranges: &mut Vec<AddrRange>, most: usize) {
     });
     if ranges.len() > most {
         let group = ranges.len().div_ceil(most);
-        *ranges = ranges.chunks(group).map(|part| part.iter().copied().fold(part[0], AddrRange::hull)).collect();
+        *ranges =
+            ranges.chunks(group).map(|part| part.iter().copied().fold(part[0], AddrRange::hull)).collect();
     }
 }
 

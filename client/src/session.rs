@@ -42,7 +42,8 @@ use crate::session::holdings::Holdings;
 use crate::session::outgoing::Outgoing;
 use crate::session::requests::Requests;
 
-/// What is shared. Locks: none is held while another is taken, and none across an await.
+/// What is shared. Locks: the gate's is taken under that of the holdings, no other under another, and none is
+/// held across an await or a call into the vendor's code. A vendor may call in under locks of its own.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) config: DeviceConfig,
@@ -66,7 +67,12 @@ pub(crate) struct Tell {
 }
 
 impl Session {
-    pub(crate) fn new(config: DeviceConfig, welcome: Welcome, gate: Gate, outgoing: Arc<Outgoing>) -> (Arc<Self>, Tell) {
+    pub(crate) fn new(
+        config: DeviceConfig,
+        welcome: Welcome,
+        gate: Gate,
+        outgoing: Arc<Outgoing>,
+    ) -> (Arc<Self>, Tell) {
         let (tell_ended, ended) = watch::channel(None);
         let (tell_drain, drain) = watch::channel(None);
         let requests = Requests::new(config.max_faults);

@@ -161,7 +161,8 @@ impl Subscription {
         }
         let young = {
             let mut holdings = session.holdings.lock();
-            let take = |range: &AddrRange| holdings.mappings.take_young(Scope::Range(self.address_space, *range));
+            let take =
+                |range: &AddrRange| holdings.mappings.take_young(Scope::Range(self.address_space, *range));
             self.ranges.iter().flat_map(take).map(|(_, range)| range).collect()
         };
         session.report_young(self.address_space, young);

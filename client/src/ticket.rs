@@ -26,7 +26,11 @@ pub struct CommitTicket {
 
 impl CommitTicket {
     /// `None`: the session is closed.
-    pub(crate) fn open(session: &Arc<Session>, address_space: AddressSpaceId, translation: Translation) -> Option<Self> {
+    pub(crate) fn open(
+        session: &Arc<Session>,
+        address_space: AddressSpaceId,
+        translation: Translation,
+    ) -> Option<Self> {
         let ticket = session.holdings.lock().mappings.on_grant(address_space, translation).ok()?;
         Some(Self { session: Arc::clone(session), address_space, translation, ticket: Some(ticket) })
     }

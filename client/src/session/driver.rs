@@ -4,12 +4,13 @@
 //! stream is always drained: h2 closes connections with many small unread frames.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use shootdown_core::{Moment, Notice, Scope};
-use shootdown_proto::message::{Grant, HostSays, SessionError};
+use shootdown_proto::message::{Grant, HostSays, RequestId, SessionError};
 use shootdown_proto::v1;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet};
@@ -19,7 +20,7 @@ use crate::connection::TransportError;
 use crate::fault::{self, Granted};
 use crate::session::end::{AllFlushed, EndCause, SessionEnd, Violation};
 use crate::session::flush::{AnyTlb, Flush};
-use crate::session::requests::{FaultRefused, Pending, Reply, SubscribedAt};
+use crate::session::requests::{FaultRefused, Reply, SubscribedAt};
 use crate::session::{Session, Tell, heartbeat};
 use crate::subscription::Unclaimed;
 use crate::tlb::FlushAllCause;
@@ -68,6 +69,10 @@ impl Drop for CloseOnDrop {
     }
 }
 
+fn answer_mismatch(request: RequestId) -> EndCause {
+    EndCause::Violation(Violation::AnswerMismatch { request: request.get() })
+}
+
 impl Driver {
     pub(crate) fn start(
         session: Arc<Session>,
@@ -83,7 +88,8 @@ impl Driver {
 
     async fn run(mut self) {
         let guard = CloseOnDrop(Arc::clone(&self.session));
-        let heartbeat = AbortOnDropHandle::new(tokio::spawn(heartbeat::keep_lease(Arc::clone(&self.session))));
+        let heartbeat =
+            AbortOnDropHandle::new(tokio::spawn(heartbeat::keep_lease(Arc::clone(&self.session))));
         let line = loop {
             let next = self.next().await;
             let lost = matches!(next, Next::Said(Ok(None) | Err(_)));
@@ -139,21 +145,23 @@ impl Driver {
                 Ok(())
             }
             HostSays::Subscribed { request, subscription, seq } => {
-                // Nobody waits any more: what is not claimed unsubscribes itself.
+                // Where nobody waits any more it is dropped unclaimed, and unsubscribes itself.
                 let unclaimed = Unclaimed::new(&self.session, SubscribedAt { id: subscription, seq });
-                if let Some(Pending { reply: Reply::Subscribe { to }, .. }) = self.session.requests.take(request) {
-                    let _ = to.send(Ok(unclaimed));
+                match self.answered(request) {
+                    Some(Reply::Subscribe { to }) => drop(to.send(Ok(unclaimed))),
+                    Some(_) => return Err(answer_mismatch(request)),
+                    None => {}
                 }
                 Ok(())
             }
             HostSays::Unsubscribed { request, .. } => {
-                if let Some(Pending { reply: Reply::Unsubscribe { subscription, to }, .. }) =
-                    self.session.requests.take(request)
-                {
-                    self.session.holdings.lock().unsubscribed(subscription);
-                    if let Some(to) = to {
-                        let _ = to.send(Ok(()));
+                match self.answered(request) {
+                    Some(Reply::Unsubscribe { subscription, to }) => {
+                        self.session.holdings.lock().unsubscribed(subscription);
+                        to.map(|to| to.send(Ok(())));
                     }
+                    Some(_) => return Err(answer_mismatch(request)),
+                    None => {}
                 }
                 Ok(())
             }
@@ -189,7 +197,9 @@ impl Driver {
     fn start_flush(&mut self, flush: Flush) -> Result<(), EndCause> {
         let mut flush = Arc::clone(&self.tlb).flush(flush);
         let mut context = Context::from_waker(Waker::noop());
-        match catch_unwind(AssertUnwindSafe(|| flush.as_mut().poll(&mut context))) {
+        // Unconstrained: in a large batch tokio would make the 129th look unready, and a task of it.
+        let mut once = tokio::task::unconstrained(&mut flush);
+        match catch_unwind(AssertUnwindSafe(|| Pin::new(&mut once).poll(&mut context))) {
             Ok(Poll::Ready(())) => {}
             // Its new task polls it again, with a waker that means something.
             Ok(Poll::Pending) => drop(self.flushes.spawn(flush)),
@@ -199,9 +209,10 @@ impl Driver {
     }
 
     fn on_grant(&mut self, grant: Grant) -> Result<(), EndCause> {
-        let Some(Pending { reply: Reply::Fault { fault, to }, .. }) = self.session.requests.take(grant.request) else {
-            // Withdrawn while it was on its way.
-            return Ok(());
+        let (fault, to) = match self.answered(grant.request) {
+            Some(Reply::Fault { fault, to }) => (fault, to),
+            Some(_) => return Err(answer_mismatch(grant.request)),
+            None => return Ok(()),
         };
         if to.is_closed() {
             return Ok(());
@@ -224,20 +235,26 @@ impl Driver {
     }
 
     fn on_refused(&mut self, error: SessionError) {
-        let Some(pending) = error.request.and_then(|request| self.session.requests.take(request)) else {
-            tracing::warn!(reason = error.reason.word(), message = error.message, "the host agent refused a message");
-            return;
-        };
-        match pending.reply {
-            Reply::Fault { to, .. } => drop(to.send(Err(FaultRefused::Host(error)))),
-            Reply::Subscribe { to } => drop(to.send(Err(error))),
-            Reply::Unsubscribe { subscription, to } => {
+        match error.request.and_then(|request| self.answered(request)) {
+            Some(Reply::Fault { to, .. }) => drop(to.send(Err(FaultRefused::Host(error)))),
+            Some(Reply::Subscribe { to }) => drop(to.send(Err(error))),
+            Some(Reply::Unsubscribe { subscription, to }) => {
                 self.session.holdings.lock().unsubscribed(subscription);
-                if let Some(to) = to {
-                    let _ = to.send(Err(error));
-                }
+                to.map(|to| to.send(Err(error)));
+            }
+            None => {
+                tracing::warn!(
+                    reason = error.reason.word(),
+                    message = error.message,
+                    "the host agent refused a message"
+                );
             }
         }
+    }
+
+    /// Whom the answer is for; `None`: nobody waits for it, and its permit is given back.
+    fn answered(&self, request: RequestId) -> Option<Reply> {
+        self.session.requests.take(request).map(|pending| pending.reply)
     }
 
     /// The gate is shut. Flushes everything, waits for the uses, says so where that can still be heard.

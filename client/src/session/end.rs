@@ -63,6 +63,12 @@ pub enum Violation {
         /// What does not fit.
         what: &'static str,
     },
+    /// An answer of another kind than its request.
+    #[error("request {request} was answered with what it did not ask for")]
+    AnswerMismatch {
+        /// The request.
+        request: u64,
+    },
     /// A second Welcome.
     #[error("Welcome came twice")]
     WelcomeTwice,

@@ -131,14 +131,18 @@ impl Flush {
             }
             (_, Scope::Range(_, range)) => {
                 let mut holdings = session.holdings.lock();
-                young.extend(holdings.mappings.take_young(self.notice.scope).into_iter().map(|(_, range)| range));
+                young.extend(
+                    holdings.mappings.take_young(self.notice.scope).into_iter().map(|(_, range)| range),
+                );
                 if brought.unknown && holdings.raw_commits() == RawCommits::Made {
                     young.push(range);
                 }
             }
         }
         let report = self.received.map(|received| FlushTiming { received, flushed: session.clock().now() });
-        session.outgoing.on_flushed(report_of(self.notice.number, young, brought.dirty, report), self.notice.number);
+        session
+            .outgoing
+            .on_flushed(report_of(self.notice.number, young, brought.dirty, report), self.notice.number);
     }
 }
 

@@ -11,6 +11,8 @@ use tokio::sync::oneshot;
 pub(crate) struct Holdings {
     pub(crate) mappings: Mappings,
     subscriptions: HashMap<SubscriptionId, Covered>,
+    /// Their device flushes the range and then ends them: no grant is taken that nobody would be told of.
+    leaving: HashMap<SubscriptionId, Covered>,
     quiescing: HashMap<RevocationId, oneshot::Sender<()>>,
     raw: RawCommits,
 }
@@ -19,14 +21,6 @@ pub(crate) struct Holdings {
 struct Covered {
     address_space: AddressSpaceId,
     ranges: Vec<AddrRange>,
-    stage: Stage,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Active,
-    /// Its device flushes the range and then ends it: no grant is taken that nobody would be told of.
-    Leaving,
 }
 
 /// Whether the device may use translations that the table of mappings does not know.
@@ -54,36 +48,42 @@ impl Holdings {
         quiesced.iter().filter_map(|revocation| self.quiescing.remove(revocation)).collect()
     }
 
-    pub(crate) fn subscribed(&mut self, id: SubscriptionId, address_space: AddressSpaceId, ranges: Vec<AddrRange>) {
-        self.subscriptions.insert(id, Covered { address_space, ranges, stage: Stage::Active });
+    pub(crate) fn subscribed(
+        &mut self,
+        id: SubscriptionId,
+        address_space: AddressSpaceId,
+        ranges: Vec<AddrRange>,
+    ) {
+        self.subscriptions.insert(id, Covered { address_space, ranges });
     }
 
     /// From here on no grant is taken that only this subscription covers.
     pub(crate) fn start_unsubscribe(&mut self, id: SubscriptionId) {
-        if let Some(covered) = self.subscriptions.get_mut(&id) {
-            covered.stage = Stage::Leaving;
+        if let Some(covered) = self.subscriptions.remove(&id) {
+            self.leaving.insert(id, covered);
         }
     }
 
     pub(crate) fn unsubscribed(&mut self, id: SubscriptionId) {
         self.subscriptions.remove(&id);
+        self.leaving.remove(&id);
     }
 
     /// The address space is gone, and its subscriptions with it.
     pub(crate) fn released(&mut self, address_space: AddressSpaceId) {
         self.subscriptions.retain(|_, covered| covered.address_space != address_space);
+        self.leaving.retain(|_, covered| covered.address_space != address_space);
     }
 
     /// Whether a grant of `range` would outlive the only subscription that it rests on.
     pub(crate) fn is_leaving(&self, address_space: AddressSpaceId, range: AddrRange) -> bool {
-        let mut here = self.subscriptions.values().filter(|covered| covered.address_space == address_space);
-        let leaving = here
-            .clone()
-            .any(|covered| covered.stage == Stage::Leaving && covered.ranges.iter().any(|part| part.overlaps(range)));
-        leaving
-            && !here.any(|covered| {
-                covered.stage == Stage::Active && covered.ranges.iter().any(|part| part.contains(range))
-            })
+        let touches = |covered: &Covered| {
+            covered.address_space == address_space && covered.ranges.iter().any(|part| part.overlaps(range))
+        };
+        let covers = |covered: &Covered| {
+            covered.address_space == address_space && covered.ranges.iter().any(|part| part.contains(range))
+        };
+        self.leaving.values().any(touches) && !self.subscriptions.values().any(covers)
     }
 
     pub(crate) fn raw_commit(&mut self) {
@@ -102,6 +102,7 @@ impl Holdings {
             RawCommits::Made => self
                 .subscriptions
                 .values()
+                .chain(self.leaving.values())
                 .map(|covered| (covered.address_space, covered.ranges.clone()))
                 .chain(known.into_iter().map(|(id, range)| (id, vec![range])))
                 .collect(),

@@ -272,3 +272,156 @@ impl Stream for OutgoingStream {
         Poll::Pending
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn number(value: u64) -> NoticeNumber {
+        NoticeNumber::new(value).unwrap()
+    }
+
+    fn report(notice: u64, ranges: usize) -> FlushReport {
+        let page = |n: usize| AddrRange::new((n as u64) << 12, (n as u64 + 1) << 12).unwrap();
+        FlushReport {
+            notice: number(notice),
+            young: (0..ranges).map(page).collect(),
+            dirty: vec![],
+            timing: None,
+        }
+    }
+
+    proptest! {
+        /// What the host agent checks of every ack holds for each part.
+        #[test]
+        fn the_parts_of_an_ack_are_acks_and_say_what_it_says(
+            before in 0..5_u64,
+            cumulative in 0..20_u64,
+            above in prop::collection::btree_set(2..40_u64, 0..20),
+            reported in prop::collection::btree_map(1..70_u64, 0..12_usize, 1..40),
+            most in 1..40_usize,
+        ) {
+            let through = before + cumulative;
+            let selective: Vec<_> = above.iter().map(|n| number(through + n)).collect();
+            let named = |n: u64| (n > before && n <= through) || above.contains(&(n.saturating_sub(through)));
+            let reports: Vec<_> =
+                reported.iter().filter(|(n, _)| named(**n)).map(|(n, ranges)| report(*n, *ranges)).collect();
+            prop_assume!(!reports.is_empty());
+            let whole = Ack { through: NoticeNumber::new(through), selective, reports };
+
+            let mut acked: BTreeSet<u64> = (1..=before).collect();
+            let mut last_through = NoticeNumber::new(before);
+            let mut told = Vec::new();
+            for part in split(whole.clone(), most) {
+                prop_assert!(part.through >= last_through, "never lower than in the ack before");
+                let cumulative = (1..=part.through.map_or(0, NoticeNumber::get)).filter(|n| !acked.contains(n));
+                let mut new: BTreeSet<u64> = cumulative.collect();
+                for n in &part.selective {
+                    prop_assert!(Some(*n) > part.through && !acked.contains(&n.get()) && new.insert(n.get()));
+                }
+                prop_assert!(!new.is_empty(), "names something new");
+                for report in &part.reports {
+                    prop_assert!(new.contains(&report.notice.get()), "goes with the first that names its notice");
+                }
+                let cost: usize = part.reports.iter().map(|it| 1 + it.young.len()).sum();
+                prop_assert!(cost <= most || part.reports.len() == 1);
+                told.extend(part.reports);
+                acked.append(&mut new);
+                last_through = part.through;
+            }
+            let everything: BTreeSet<u64> =
+                (1..=through).chain(whole.selective.iter().map(|n| n.get())).collect();
+            prop_assert_eq!(acked, everything);
+            prop_assert_eq!(last_through, whole.through);
+            let mut asked = whole.reports;
+            asked.sort_unstable_by_key(|it| it.notice);
+            prop_assert_eq!(told, asked);
+        }
+    }
+
+    fn outgoing() -> Arc<Outgoing> {
+        let hello = Hello {
+            device: shootdown_core::DeviceId::new("d").unwrap(),
+            incarnation: shootdown_core::Incarnation::FIRST,
+            versions: vec![1],
+            window: None,
+            page_sizes: vec![],
+            enforces_lease: true,
+            change_pte: false,
+            resume: None,
+            clock_id: String::new(),
+        };
+        Outgoing::new(Clock::boottime(), hello)
+    }
+
+    fn take(outgoing: &Outgoing) -> Option<DeviceSays> {
+        outgoing.state.lock().next(&outgoing.clock)
+    }
+
+    #[test]
+    fn requests_and_acks_take_turns_and_neither_starves() {
+        let outgoing = outgoing();
+        assert!(matches!(take(&outgoing), Some(DeviceSays::Hello(_))));
+        for n in 1..=3 {
+            outgoing.request(RequestId::new(n).unwrap(), DeviceSays::Leave);
+            outgoing.on_notice(number(n)).unwrap();
+        }
+        let mut words = Vec::new();
+        for n in 1..=3 {
+            outgoing.on_flushed(None, number(n));
+            words.extend(take(&outgoing).map(|says| matches!(says, DeviceSays::Ack { .. })));
+        }
+        words.extend(
+            std::iter::from_fn(|| take(&outgoing)).map(|says| matches!(says, DeviceSays::Ack { .. })),
+        );
+        assert_eq!(words, [true, false, true, false, false]);
+    }
+
+    #[test]
+    fn a_request_is_withdrawn_only_before_it_is_sent() {
+        let outgoing = outgoing();
+        take(&outgoing);
+        let request = RequestId::MIN;
+        outgoing.request(request, DeviceSays::Leave);
+        assert!(outgoing.withdraw(request) && !outgoing.withdraw(request));
+        outgoing.request(request, DeviceSays::Leave);
+        take(&outgoing);
+        assert!(!outgoing.withdraw(request));
+    }
+
+    #[test]
+    fn a_heartbeat_that_waits_is_replaced_and_only_the_last_ones_sent_are_remembered() {
+        let outgoing = outgoing();
+        take(&outgoing);
+        let id = |n| RequestId::new(n).unwrap();
+        outgoing.heartbeat(id(1));
+        outgoing.heartbeat(id(2));
+        assert_eq!(take(&outgoing), Some(DeviceSays::Heartbeat { request: id(2) }));
+        assert_eq!(take(&outgoing), None);
+        assert_eq!(outgoing.heartbeat_sent(id(1)), None, "it was never sent");
+        assert!(outgoing.heartbeat_sent(id(2)).is_some());
+        for n in 3..=10 {
+            outgoing.heartbeat(id(n));
+            take(&outgoing);
+        }
+        assert_eq!(outgoing.heartbeat_sent(id(2)), None);
+        assert!(outgoing.heartbeat_sent(id(10)).is_some());
+    }
+
+    #[test]
+    fn young_reports_that_wait_are_bounded_and_lose_nothing() {
+        let outgoing = outgoing();
+        take(&outgoing);
+        let space = AddressSpaceId::FIRST;
+        let page = |n: u64| AddrRange::new(n << 12, (n + 1) << 12).unwrap();
+        for n in 0..5000 {
+            outgoing.report_young(space, vec![page(n * 2)]);
+        }
+        let Some(DeviceSays::Young { ranges, .. }) = take(&outgoing) else { panic!("young") };
+        assert!(ranges.len() <= MAX_RANGES_A_MESSAGE);
+        assert!((0..5000).all(|n| ranges.iter().any(|range| range.contains(page(n * 2)))));
+        assert_eq!(take(&outgoing), None);
+    }
+}

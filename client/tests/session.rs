@@ -1,0 +1,258 @@
+//! How a session is kept and how it ends; subscriptions and pages, which end with it.
+
+mod host;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use host::{Call, FakeHost, TestTlb, notice, number, page, pages, soon, space};
+use parking_lot::Mutex;
+use shootdown_client::{
+    Access, Clock, CommitError, Counts, EndCause, FaultError, FlushAllCause, FrameNumber, Moment,
+    SubscriptionId, UseRefused,
+};
+use shootdown_proto::message::{DeviceSays, HostSays};
+
+#[tokio::test]
+async fn uses_are_refused_when_the_session_is_lost() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let mapping = session.mapped(&device, 1).await;
+    drop(mapping.begin_use().unwrap());
+    let (grant, ()) = tokio::join!(soon(device.fault_ticketed(space(), pages(2, 2), Access::Read)), async {
+        let fault = session.fault().await;
+        session.grant(&fault).await;
+    });
+    let [one, two] = grant.unwrap().tickets.try_into().unwrap();
+    let held = tlb.hold_flush_all();
+    drop(session);
+    tlb.wait_for_flush_all(FlushAllCause::Lost).await;
+    assert_eq!(mapping.begin_use().unwrap_err(), UseRefused::SessionEnded);
+    assert_eq!(device.gate().check(), Err(UseRefused::SessionEnded));
+    assert!(!device.is_live());
+    assert_eq!(one.commit().unwrap_err(), CommitError::Closed);
+    assert_eq!(two.commit_raw().unwrap_err(), CommitError::Closed, "nothing would ask the gate for it");
+    let faulted = device.fault(space(), page(2), Access::Read).await;
+    assert!(matches!(faulted, Err(FaultError::NotLive(_))));
+    held.send(()).unwrap();
+    assert!(matches!(soon(device.lost()).await.cause, EndCause::Closed | EndCause::Transport(_)));
+}
+
+#[tokio::test]
+async fn a_session_is_lost_when_its_host_is_killed() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, session) = host.connect(host.config(), &tlb).await;
+    let faulting = soon(device.fault(space(), page(1), Access::Read));
+    let (faulted, ()) = tokio::join!(faulting, async {
+        host.kill();
+        drop(session);
+    });
+    assert!(matches!(faulted, Err(FaultError::NotLive(_))));
+    soon(device.lost()).await;
+}
+
+#[tokio::test]
+async fn lost_waits_for_the_uses_that_are_open() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let open = session.mapped(&device, 1).await.begin_use().unwrap();
+    drop(session);
+    tlb.wait_for_flush_all(FlushAllCause::Lost).await;
+    let mut lost = Box::pin(device.lost());
+    assert!(futures_util::poll!(&mut lost).is_pending());
+    drop(open);
+    soon(lost).await;
+}
+
+/// A clock that the test sets.
+fn manual_clock() -> (Clock, Arc<Mutex<Moment>>) {
+    let now = Arc::new(Mutex::new(Moment::from_nanos(1_000_000_000)));
+    let read = Arc::clone(&now);
+    (Clock::from_fn(move || *read.lock()), now)
+}
+
+/// The device's half of invariant 14.
+#[tokio::test]
+async fn uses_are_refused_from_the_moment_at_which_the_lease_runs_out() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (clock, now) = manual_clock();
+    let mut config = host.config();
+    config.clock = clock;
+    (config.lease_drift_ppm, config.lease_margin) = (0, Duration::from_millis(100));
+    let (device, mut session) =
+        host.connect_with(config, &tlb, |welcome| welcome.lease = Duration::from_millis(1000)).await;
+    let mapping = session.mapped(&device, 1).await;
+    let hello_sent = Moment::from_nanos(1_000_000_000);
+    *now.lock() = hello_sent + Duration::from_nanos(899_999_999);
+    drop(mapping.begin_use().expect("the lease lasts 1000 ms less the margin"));
+    *now.lock() = hello_sent + Duration::from_millis(900);
+    // At once, with no timer in between.
+    assert_eq!(mapping.begin_use().unwrap_err(), UseRefused::LeaseExpired);
+    assert_eq!(device.gate().check(), Err(UseRefused::LeaseExpired));
+    tlb.wait_for_flush_all(FlushAllCause::Lost).await;
+    session.close().await;
+    assert!(matches!(soon(device.lost()).await.cause, EndCause::LeaseExpired));
+    assert_eq!(mapping.begin_use().unwrap_err(), UseRefused::SessionEnded);
+}
+
+#[tokio::test]
+async fn a_lease_counts_from_when_the_heartbeat_was_sent() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (clock, now) = manual_clock();
+    let mut config = host.config();
+    config.clock = clock;
+    (config.lease_drift_ppm, config.lease_margin) = (0, Duration::ZERO);
+    let lease = Duration::from_millis(300);
+    let (device, mut session) = host.connect_with(config, &tlb, |welcome| welcome.lease = lease).await;
+    let gate = device.gate();
+    let hello_sent = Moment::from_nanos(1_000_000_000);
+    assert_eq!(gate.valid_until(), Some(hello_sent + lease));
+    let sent = hello_sent + Duration::from_millis(100);
+    *now.lock() = sent;
+    let Some(DeviceSays::Heartbeat { request }) = soon(session.next()).await else { panic!("a heartbeat") };
+    // The answer is slow; what it grants began when the question was sent.
+    *now.lock() = sent + Duration::from_millis(50);
+    session.say(HostSays::LeaseRenewed { request, lease }).await;
+    session.notices([notice(1, page(1))]).await;
+    session.ack().await;
+    assert_eq!(gate.valid_until(), Some(sent + lease));
+    // An answer to nothing renews nothing.
+    let request = request.checked_add(1000).unwrap();
+    session.say(HostSays::LeaseRenewed { request, lease: Duration::from_secs(3600) }).await;
+    session.notices([notice(2, page(1))]).await;
+    session.ack().await;
+    assert_eq!(gate.valid_until(), Some(sent + lease));
+}
+
+#[tokio::test]
+async fn leaving_flushes_everything_before_it_says_so() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let mapping = session.mapped(&device, 1).await;
+    let open = mapping.begin_use().unwrap();
+    let held = tlb.hold_flush_all();
+    let leaving = tokio::spawn({
+        let device = device.clone();
+        async move { device.leave().await }
+    });
+    tlb.wait_for_flush_all(FlushAllCause::Leaving).await;
+    assert!(mapping.begin_use().is_err() && device.fault(space(), page(2), Access::Read).await.is_err());
+    device.pages().unwrap().write(&[span(1)], vec![9; 8].into()).await.expect("dirty bytes may go back");
+    // Asked after the flush was held: what follows shows that nothing was said meanwhile.
+    session.notices([notice(1, page(1))]).await;
+    held.send(()).unwrap();
+    drop(open);
+    let words = session.last_words().await;
+    assert_eq!(words.last(), Some(&DeviceSays::Leave));
+    assert_eq!(words.iter().filter(|it| **it == DeviceSays::Leave).count(), 1);
+    assert!(
+        words.contains(&DeviceSays::Young { address_space: space(), ranges: vec![page(1)] }),
+        "{words:?}"
+    );
+    let written = device.pages().unwrap().write(&[span(1)], vec![9; 8].into()).await;
+    assert!(written.is_err(), "after Leave nothing goes back any more");
+    drop(session);
+    assert!(matches!(soon(leaving).await.unwrap().cause, EndCause::Left));
+}
+
+fn span(frame: u64) -> shootdown_client::FrameSpan {
+    shootdown_client::FrameSpan { frame: FrameNumber(frame), offset: 0, length: 8 }
+}
+
+#[tokio::test]
+async fn a_device_whose_last_handle_is_dropped_leaves() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (gate, second) = (device.gate(), device.clone());
+    drop(device);
+    assert_eq!(gate.check(), Ok(()));
+    drop(second);
+    assert_eq!(gate.check(), Err(UseRefused::SessionEnded));
+    assert_eq!(session.last_words().await, [DeviceSays::Leave]);
+}
+
+#[tokio::test]
+async fn pages_are_read_and_written_by_frame() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, _session) = host.connect(host.config(), &tlb).await;
+    let pages = device.pages().unwrap();
+    pages.write(&[span(4), span(5)], (0..16).collect::<Vec<u8>>().into()).await.unwrap();
+    assert_eq!(pages.read(&[span(5), span(4)]).await.unwrap()[..4], [8, 9, 10, 11]);
+    assert!(pages.read(&[]).await.is_err());
+    assert!(pages.write(&[span(4)], vec![0; 7].into()).await.is_err(), "a byte is missing");
+}
+
+/// Invariant 6, as far as a device can hold it.
+#[tokio::test]
+async fn unsubscribe_barrier() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let subscription = session.subscribe(&device, pages(0, 16)).await;
+    let mapping = session.mapped(&device, 1).await;
+    let open = mapping.begin_use().unwrap();
+    // A fault that is on its way when the subscription is ended.
+    let mut faulting = Box::pin(device.fault(space(), page(2), Access::Read));
+    let fault = tokio::select! {
+        biased;
+        _ = &mut faulting => panic!("nobody granted it"),
+        fault = session.fault() => fault,
+    };
+    tlb.calls().await;
+    let mut leaving = Box::pin(subscription.unsubscribe());
+    assert!(futures_util::poll!(&mut leaving).is_pending());
+    assert!(
+        matches!(tlb.call().await, Call::Invalidate(it) if it.range == pages(0, 16) && it.notice.is_none())
+    );
+    assert_eq!(mapping.begin_use().unwrap_err(), UseRefused::Revoked);
+    session.grant(&fault).await;
+    assert!(matches!(soon(faulting).await, Err(FaultError::Unsubscribed)), "nobody would be told of its end");
+    assert!(matches!(device.fault(space(), page(3), Access::Read).await, Err(FaultError::Unsubscribed)));
+    // The host agent hears of it when the use has ended, not before: the ack of another notice comes first.
+    session.notices([notice(1, page(900))]).await;
+    assert_eq!(session.ack().await.through, Some(number(1)));
+    assert!(futures_util::poll!(&mut leaving).is_pending());
+    drop(open);
+    let (left, ()) = tokio::join!(soon(leaving), async {
+        assert!(matches!(session.hear().await, DeviceSays::Young { .. }));
+        let DeviceSays::Unsubscribe { request, subscription } = session.hear().await else {
+            panic!("an end")
+        };
+        session.say(HostSays::Unsubscribed { request, subscription }).await;
+    });
+    left.unwrap();
+    assert_eq!(device.counts(), Counts::default());
+}
+
+#[tokio::test]
+async fn a_subscription_that_nobody_waits_for_is_ended_again() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let request = {
+        let ranges = [page(1)];
+        let mut subscribing = Box::pin(device.subscribe(space(), &ranges, Default::default()));
+        let asked = tokio::select! {
+            biased;
+            _ = &mut subscribing => panic!("nobody answered it"),
+            asked = session.hear() => asked,
+        };
+        let DeviceSays::Subscribe(subscribe) = asked else { panic!("{asked:?}") };
+        subscribe.request
+    };
+    let subscription = SubscriptionId::FIRST;
+    session.say(HostSays::Subscribed { request, subscription, seq: None }).await;
+    let ended = session.hear().await;
+    assert!(
+        matches!(ended, DeviceSays::Unsubscribe { subscription: it, .. } if it == subscription),
+        "{ended:?}"
+    );
+}

@@ -270,12 +270,28 @@ async fn non_block_atomic() {
     assert!(agent.host().invalidate_range_start(beside).await.unwrap().is_quiesced());
 }
 
-/// 10 and 18 of the traps: a device that reads nothing keeps its connection, its outbox keeps its
-/// bound, and in the end it is told all it must flush.
+/// 10, and 18 and 41 of the traps: a device that reads nothing keeps its connection, its outbox keeps
+/// its bound, and in the end it is told all it must flush.
 #[tokio::test]
 async fn never_drop() {
+    device_that_reads_nothing(Duration::ZERO).await;
+}
+
+/// The same for a minute.
+#[tokio::test]
+#[ignore = "takes a minute: cargo test -p shootdown-server --test invariants -- --ignored"]
+async fn never_drop_in_a_minute() {
+    device_that_reads_nothing(Duration::from_secs(60)).await;
+}
+
+async fn device_that_reads_nothing(how_long: Duration) {
     const EVENTS: u64 = 100_000;
-    let agent = Agent::start_with(|config| config.host.max_rounds_in_flight = EVENTS as usize + 1);
+    const BATCH: u64 = 1000;
+    let agent = Agent::start_with(|config| {
+        config.host.max_rounds_in_flight = EVENTS as usize + 1;
+        config.host.session.lease.duration = Duration::from_secs(300);
+        config.host.session.ack_timeout = Duration::from_secs(300);
+    });
     let space = agent.space();
     let mut device = agent.device("sleeper").await;
     device.subscribe(space, pages(0, 4 * EVENTS)).await;
@@ -287,6 +303,10 @@ async fn never_drop() {
         let result = agent.host().invalidate_range_start(invalidation).await.unwrap();
         assert_eq!(result.verdict, Verdict::NotQuiesced);
         rounds.push(result.seq.unwrap());
+        if event % BATCH == 0 && !how_long.is_zero() {
+            // Not a wait for something: that the device sleeps is what is tested.
+            tokio::time::sleep(how_long / (EVENTS / BATCH) as u32).await;
+        }
     }
     let listed = &agent.listed_sessions().await[0];
     assert_eq!(listed.phase(), v1::SessionPhase::Live);

@@ -13,7 +13,7 @@ mod worker;
 mod config;
 mod start;
 
-pub use accelerator::{Accelerator, AcceleratorConfig, AccessError, PageRead};
+pub use accelerator::{Accelerator, AcceleratorConfig, AccessCounts, AccessError, PageRead};
 pub use config::{Command, Config, ConfigError, Flags, LogFormat, PageRange};
 pub use flush_time::{FlushTime, FlushTimeError};
 pub use start::{AgentError, Summary, run};

@@ -44,6 +44,16 @@ pub struct Accelerator {
     flush_time: FlushTime,
     random: Mutex<StdRng>,
     link: RwLock<Option<Link>>,
+    counts: Mutex<AccessCounts>,
+}
+
+/// How the accelerator's accesses found their translations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AccessCounts {
+    /// The translation was in the TLB.
+    pub hits: u64,
+    /// The translation was asked for, and granted.
+    pub faults: u64,
 }
 
 /// What the accelerator reaches the host through, as long as a session lasts.
@@ -136,6 +146,7 @@ impl Accelerator {
             flush_time: config.flush_time,
             random: Mutex::new(StdRng::seed_from_u64(config.seed)),
             link: RwLock::default(),
+            counts: Mutex::default(),
         })
     }
 
@@ -218,6 +229,12 @@ impl Accelerator {
         self.cache.len()
     }
 
+    /// How accesses found their translations, since the accelerator was made.
+    #[must_use]
+    pub fn access_counts(&self) -> AccessCounts {
+        *self.counts.lock()
+    }
+
     /// DMAs in flight.
     #[must_use]
     pub fn dmas_in_flight(&self) -> usize {
@@ -233,9 +250,15 @@ impl Accelerator {
         for _ in 0..MAX_ATTEMPTS {
             let found = self.tlb.begin(key, access);
             let dma = match found {
-                Some(dma) => dma,
+                Some(dma) => {
+                    self.counts.lock().hits += 1;
+                    dma
+                }
                 None => match self.fill(link, key, access).await? {
-                    Some(dma) => dma,
+                    Some(dma) => {
+                        self.counts.lock().faults += 1;
+                        dma
+                    }
                     None => continue,
                 },
             };

@@ -1,0 +1,205 @@
+//! What the parent and its agents say to each other: a line of JSON each, on the agents' standard input and
+//! output. An agent whose input ends has lost its parent, and ends too.
+
+use std::io::{self, BufRead as _, Write as _};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use crate::check::verdict::StaleRead;
+use crate::path::Path;
+use crate::report::StageSummary;
+use crate::rule::Rule;
+
+/// Lines that were read and not handled yet. When it is full the reader waits, and further ones wait in
+/// the pipe.
+const LINES: usize = 256;
+
+/// What every process of a run must know.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    /// The host agent's socket for devices.
+    pub socket: PathBuf,
+    /// The floor file.
+    pub floor: PathBuf,
+    /// Of every random choice.
+    pub seed: u64,
+    /// Device agents.
+    pub devices: usize,
+    /// Address spaces, without the children that they fork.
+    pub address_spaces: usize,
+    /// Pages of each that the CPU stamps; one more follows for each device.
+    pub pages: usize,
+    /// What is exercised.
+    pub paths: Vec<Path>,
+    /// What is broken.
+    pub rule: Option<Rule>,
+    /// Between two operations of one address space.
+    pub pause: Duration,
+    /// How long a flush takes on a device, as shootdown-agent takes it: `fixed:500us`.
+    pub flush_time: String,
+    /// Tasks of each device that read and write.
+    pub workers: usize,
+    /// How many accesses in a hundred are writes.
+    pub write_percent: u32,
+    /// Pages that every second device keeps copies of; the others read frames only.
+    pub cache_pages: usize,
+    /// Runtimes of the host agent.
+    pub shards: usize,
+}
+
+/// To an agent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "say", rename_all = "snake_case")]
+pub enum ToAgent {
+    /// First: what to do, and which device this is.
+    Plan {
+        /// For all.
+        plan: Box<Plan>,
+        /// 0 for the first device; nothing for the host agent.
+        index: usize,
+    },
+    /// An address space lives in a slot from now on.
+    Lives {
+        /// The slot.
+        slot: usize,
+        /// The address space.
+        address_space: u64,
+    },
+    /// It does not any more.
+    Ended {
+        /// The slot.
+        slot: usize,
+        /// The address space.
+        address_space: u64,
+    },
+    /// Begin.
+    Start,
+    /// End, and report.
+    Stop,
+}
+
+/// From an agent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "say", rename_all = "snake_case")]
+pub enum FromAgent {
+    /// It runs, and waits for Start.
+    Ready,
+    /// From the host agent, for every device agent.
+    Lives {
+        /// The slot.
+        slot: usize,
+        /// The address space.
+        address_space: u64,
+    },
+    /// From the host agent, for every device agent.
+    Ended {
+        /// The slot.
+        slot: usize,
+        /// The address space.
+        address_space: u64,
+    },
+    /// From a device agent: it hears of the address space.
+    Subscribed {
+        /// The address space.
+        address_space: u64,
+    },
+    /// So far.
+    Progress {
+        /// Operations of the host, or checked reads of a device.
+        done: u64,
+        /// Stale reads.
+        stale: u64,
+    },
+    /// Last, from the host agent.
+    HostReport(Box<HostReport>),
+    /// Last, from a device agent.
+    DeviceReport(Box<DeviceReport>),
+}
+
+/// What a path did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathTally {
+    /// Operations that were completed.
+    pub operations: u64,
+    /// Rounds that they had to wait for.
+    pub rounds: u64,
+    /// Notices: the targets of those rounds.
+    pub notices: u64,
+}
+
+/// What the host agent saw.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct HostReport {
+    /// By [`Path::index`].
+    pub paths: Vec<PathTally>,
+    /// Latencies, in the order of the stages.
+    pub stages: Vec<StageSummary>,
+    /// Loads by the CPU, all of them checked.
+    pub loads: u64,
+    /// Those of them that were not what was stored.
+    pub stale: Vec<StaleRead>,
+    /// How many there were.
+    pub stale_reads: u64,
+    /// Frames that were written to while they were free.
+    pub stale_writes: u64,
+}
+
+/// What a device saw.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// Reads that were checked.
+    pub reads: u64,
+    /// Those of them that were answered from a copy.
+    pub copy_reads: u64,
+    /// Accesses whose translation was there.
+    pub tlb_hits: u64,
+    /// Accesses that had to fault.
+    pub faults: u64,
+    /// Accesses that were refused: of holes, and of address spaces that end.
+    pub refused: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Reads that a store was under way in.
+    pub torn: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Checked reads by what had released the page last, by [`Path::index`].
+    pub reads_after: Vec<u64>,
+    /// Reads that found what had been released.
+    pub stale_reads: u64,
+    /// The first of them.
+    pub stale: Vec<StaleRead>,
+}
+
+/// The lines of an agent's standard input, read on a thread of their own: a runtime cannot be stopped while
+/// one of its threads reads. The channel closes where the input ends, or is not JSON.
+#[must_use]
+pub fn lines<T: DeserializeOwned + Send + 'static>() -> mpsc::Receiver<T> {
+    let (tx, rx) = mpsc::channel(LINES);
+    // Nobody awaits it: it ends with the process.
+    std::thread::spawn(move || {
+        for line in io::stdin().lock().lines() {
+            let Some(said) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) else { return };
+            if tx.blocking_send(said).is_err() {
+                return;
+            }
+        }
+    });
+    rx
+}
+
+/// Says something to the parent.
+///
+/// # Errors
+/// When the parent is gone.
+pub fn say(message: &FromAgent) -> io::Result<()> {
+    let mut line = serde_json::to_string(message).map_err(io::Error::other)?;
+    line.push('\n');
+    let mut out = io::stdout().lock();
+    out.write_all(line.as_bytes())?;
+    out.flush()
+}

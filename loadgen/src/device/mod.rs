@@ -1,0 +1,7 @@
+//! A device agent's process: the library of `shootdown-agent`, and workers whose every read is checked.
+
+mod seam;
+mod worker;
+mod process;
+
+pub use process::{DeviceProcessError, run};

@@ -1,0 +1,145 @@
+//! The process of the host agent, from its first line to its report.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shootdown_server::config::{ConfigError, Settings, Span};
+use shootdown_server::source::memory::{MemoryConfig, MemorySource};
+use shootdown_server::{ListenAddr, Running, StartError};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use super::breaks::Breaks;
+use super::recorder::{Ledger, Recorder};
+use super::space::{Checks, WorkloadError, World};
+use super::workload::Workload;
+use crate::check::floor::{FloorError, FloorFile};
+use crate::control::{self, FromAgent, HostReport, Plan, ToAgent, say};
+
+/// Threads of the workload, beside the host agent's own.
+const WORKLOAD_THREADS: usize = 2;
+
+/// How often the parent is told how far it is.
+const PROGRESS: Duration = Duration::from_millis(200);
+
+/// Devices have left by then; it bounds a device that was killed.
+const DRAIN: Duration = Duration::from_secs(2);
+
+/// Why the host agent's process failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HostProcessError {
+    /// No runtime.
+    #[error("no runtime could be started")]
+    Runtime(#[source] std::io::Error),
+    /// The parent said something else, or nothing.
+    #[error("the parent did not say what to do")]
+    NoPlan,
+    /// The host agent's settings.
+    #[error("the host agent's settings cannot be used")]
+    Config(#[from] ConfigError),
+    /// The host agent.
+    #[error("the host agent did not start")]
+    Start(#[from] StartError),
+    /// The floor file.
+    #[error(transparent)]
+    Floor(#[from] FloorError),
+    /// The workload.
+    #[error("the workload failed")]
+    Workload(#[from] WorkloadError),
+    /// The parent is gone.
+    #[error("the parent does not listen")]
+    Parent(#[source] std::io::Error),
+}
+
+/// Runs the host agent until the parent says Stop, or is gone.
+///
+/// # Errors
+/// [`HostProcessError`].
+pub fn run() -> Result<(), HostProcessError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKLOAD_THREADS)
+        .thread_name("workload")
+        .enable_all()
+        .build()
+        .map_err(HostProcessError::Runtime)?;
+    runtime.block_on(Box::pin(serve(control::lines())))
+}
+
+async fn serve(mut parent: mpsc::Receiver<ToAgent>) -> Result<(), HostProcessError> {
+    let Some(ToAgent::Plan { plan, .. }) = parent.recv().await else { return Err(HostProcessError::NoPlan) };
+    let running = shootdown_server::start(settings(&plan).resolve()?)?;
+    let ledger = Ledger::default();
+    let world = Arc::new(world(&running, *plan, &ledger)?);
+    let worked = work(&mut parent, &world, &ledger).await;
+    running.shutdown().await;
+    if let Some(report) = worked? {
+        say(&FromAgent::HostReport(Box::new(report))).map_err(HostProcessError::Parent)?;
+    }
+    Ok(())
+}
+
+fn settings(plan: &Plan) -> Settings {
+    // Parents and children, each page twice while it is copied, and some for what is being freed.
+    let frames = 2 * plan.address_spaces * (plan.pages + plan.devices) * 2 + 1024;
+    Settings {
+        listen: vec![ListenAddr::Unix(plan.socket.clone())],
+        shards: Some(plan.shards),
+        memory_frames: Some(frames),
+        stage_timing: true,
+        drain_timeout: Some(Span(DRAIN)),
+        ..Settings::default()
+    }
+}
+
+fn world(running: &Running, plan: Plan, ledger: &Ledger) -> Result<World, HostProcessError> {
+    let clock = running.host().clock();
+    let breaks = Breaks::new(running.host().clone(), plan.rule, clock, Handle::current());
+    let recorder = Arc::new(Recorder::new(breaks, ledger.clone()));
+    let config = MemoryConfig::new(Arc::new(move || clock.now()), Handle::current());
+    Ok(World {
+        source: MemorySource::new(recorder, Arc::clone(running.frames()), config),
+        floors: FloorFile::open(&plan.floor, plan.pages + plan.devices)?,
+        ledger: ledger.clone(),
+        plan,
+        checks: parking_lot::Mutex::new(Checks::default()),
+        version: parking_lot::Mutex::new(0),
+    })
+}
+
+/// `None`: the parent is gone, and nobody wants a report.
+async fn work(
+    parent: &mut mpsc::Receiver<ToAgent>,
+    world: &Arc<World>,
+    ledger: &Ledger,
+) -> Result<Option<HostReport>, HostProcessError> {
+    let mut workload = Workload::prepare(world).await?;
+    say(&FromAgent::Ready).map_err(HostProcessError::Parent)?;
+    let mut tick = tokio::time::interval(PROGRESS);
+    loop {
+        tokio::select! {
+            // The parent goes first: what it says is rare, and may be the end.
+            biased;
+            said = parent.recv() => match said {
+                Some(ToAgent::Start) => workload.start(world.plan.pause),
+                Some(ToAgent::Stop) => break,
+                Some(_) => {}
+                None => return Ok(None),
+            },
+            error = workload.failed() => return Err(error.into()),
+            _ = tick.tick() => {
+                let (done, stale) = (ledger.operations(), world.checks.lock().stale_reads);
+                say(&FromAgent::Progress { done, stale }).map_err(HostProcessError::Parent)?;
+            }
+        }
+    }
+    workload.stop().await?;
+    let checks = world.checks.lock();
+    Ok(Some(HostReport {
+        paths: ledger.paths(),
+        stages: ledger.stages(),
+        loads: checks.loads,
+        stale: checks.stale.clone(),
+        stale_reads: checks.stale_reads,
+        stale_writes: world.source.frames().broken_poison(),
+    }))
+}

@@ -1,0 +1,89 @@
+//! The report for programs. Its version rises when a field goes or changes its meaning.
+
+use serde_json::{Map, Value, json};
+
+use super::outcome::Outcome;
+use crate::path::Path;
+
+/// Of the shape below.
+const VERSION: u32 = 1;
+
+/// The run as JSON.
+#[must_use]
+pub fn to_json(run: &Outcome) -> Value {
+    let totals = run.totals();
+    let failings: Vec<String> = run.failings().iter().map(ToString::to_string).collect();
+    json!({
+        "version": VERSION,
+        "passed": failings.is_empty(),
+        "failings": failings,
+        "stale_reads": totals.stale_reads,
+        "stale_writes": run.host.stale_writes,
+        "stale": run.stale().collect::<Vec<_>>(),
+        "reads": totals.reads,
+        "copy_reads": totals.copy_reads,
+        "cpu_reads": run.host.loads,
+        "tlb_hits": totals.tlb_hits,
+        "faults": totals.faults,
+        "refused": totals.refused,
+        "writes": totals.writes,
+        "torn_reads": totals.torn,
+        "flushes": totals.flushes,
+        "paths": paths(run),
+        "stages": stages(run),
+        "seed": run.plan.seed,
+        "seconds": run.seconds,
+        "stopped_early": run.stopped_early,
+        "devices": run.plan.devices,
+        "address_spaces": run.plan.address_spaces,
+        "chosen_paths": run.plan.paths,
+        "break": run.plan.rule,
+    })
+}
+
+/// Every path that did anything, chosen or needed by one that was.
+fn paths(run: &Outcome) -> Value {
+    let row = |path: &Path| {
+        let tally = run.path(*path);
+        let row = json!({
+            "operations": tally.operations,
+            "rounds": tally.rounds,
+            "notices": tally.notices,
+            "reads_after": run.reads_after(*path),
+        });
+        (path.name().to_owned(), row)
+    };
+    Value::Object(Path::EVERY.iter().map(row).collect::<Map<_, _>>())
+}
+
+fn stages(run: &Outcome) -> Value {
+    let row = |stage: &super::StageSummary| {
+        let row = json!({
+            "count": stage.count,
+            "p50_us": stage.p50_us,
+            "p90_us": stage.p90_us,
+            "p99_us": stage.p99_us,
+            "p999_us": stage.p999_us,
+            "p9999_us": stage.p9999_us,
+            "max_us": stage.max_us,
+        });
+        (stage.stage.name().to_owned(), row)
+    };
+    Value::Object(run.host.stages.iter().map(row).collect::<Map<_, _>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::outcome::tests::good;
+    use super::*;
+
+    #[test]
+    fn the_report_has_a_version_and_a_row_for_each_path() {
+        let report = to_json(&good());
+        assert_eq!(report["version"], 1);
+        assert_eq!(report["passed"], true);
+        assert_eq!(report["break"], Value::Null);
+        assert_eq!(report["paths"]["munmap"]["rounds"], 4);
+        assert_eq!(report["paths"].as_object().unwrap().len(), Path::EVERY.len());
+    }
+}

@@ -1,0 +1,229 @@
+//! Whether a run has shown what it was to show.
+
+use std::fmt;
+
+use crate::check::verdict::StaleRead;
+use crate::control::{DeviceReport, HostReport, PathTally, Plan};
+use crate::path::Path;
+
+/// Everything that a run brought.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// What was asked for.
+    pub plan: Plan,
+    /// How long it ran.
+    pub seconds: f64,
+    /// It ended before its time, because stale reads were found.
+    pub stopped_early: bool,
+    /// What the host agent saw.
+    pub host: HostReport,
+    /// What each device saw.
+    pub devices: Vec<DeviceReport>,
+}
+
+/// The sums over all devices.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Reads by devices that were checked.
+    pub reads: u64,
+    /// Those from a device's copy of the page.
+    pub copy_reads: u64,
+    /// Accesses whose translation was there.
+    pub tlb_hits: u64,
+    /// Accesses that had to fault.
+    pub faults: u64,
+    /// Accesses that were refused.
+    pub refused: u64,
+    /// Writes by devices.
+    pub writes: u64,
+    /// Reads that a store was under way in.
+    pub torn: u64,
+    /// Flushes of devices.
+    pub flushes: u64,
+    /// Reads, by devices and by the CPU, that found what had been released.
+    pub stale_reads: u64,
+}
+
+/// Why a run did not succeed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failing {
+    /// Reads found what had been released.
+    StaleReads(u64),
+    /// Free frames were written to.
+    StaleWrites(u64),
+    /// Nothing was done on a path that was asked for.
+    NoOperations(Path),
+    /// No device was waited for on a path.
+    NoRounds(Path),
+    /// No device read a page that a path had released.
+    NoReads(Path),
+    /// A rule was broken and nothing was found.
+    BreakNotFound,
+}
+
+impl Outcome {
+    /// The sums over all devices.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        let cpu = Totals { stale_reads: self.host.stale_reads, ..Totals::default() };
+        self.devices.iter().fold(cpu, |sum, device| Totals {
+            reads: sum.reads + device.reads,
+            copy_reads: sum.copy_reads + device.copy_reads,
+            tlb_hits: sum.tlb_hits + device.tlb_hits,
+            faults: sum.faults + device.faults,
+            refused: sum.refused + device.refused,
+            writes: sum.writes + device.writes,
+            torn: sum.torn + device.torn,
+            flushes: sum.flushes + device.flushes,
+            stale_reads: sum.stale_reads + device.stale_reads,
+        })
+    }
+
+    /// What a path did.
+    #[must_use]
+    pub fn path(&self, path: Path) -> PathTally {
+        self.host.paths.get(path.index()).copied().unwrap_or_default()
+    }
+
+    /// Checked reads by devices of pages that the path had released last.
+    #[must_use]
+    pub fn reads_after(&self, path: Path) -> u64 {
+        self.devices.iter().filter_map(|device| device.reads_after.get(path.index())).sum()
+    }
+
+    /// The first stale reads.
+    pub fn stale(&self) -> impl Iterator<Item = &StaleRead> {
+        self.host.stale.iter().chain(self.devices.iter().flat_map(|device| &device.stale))
+    }
+
+    /// Everything that is wrong with the run; nothing: it succeeded.
+    #[must_use]
+    pub fn failings(&self) -> Vec<Failing> {
+        let mut failings = Vec::new();
+        let stale_reads = self.totals().stale_reads;
+        if stale_reads > 0 {
+            failings.push(Failing::StaleReads(stale_reads));
+        }
+        if self.host.stale_writes > 0 {
+            failings.push(Failing::StaleWrites(self.host.stale_writes));
+        }
+        // A run that was broken on purpose has shown what it was to show, or has not.
+        if self.plan.rule.is_some() {
+            if failings.is_empty() {
+                failings.push(Failing::BreakNotFound);
+            }
+            return failings;
+        }
+        for path in &self.plan.paths {
+            let tally = self.path(*path);
+            if tally.operations == 0 {
+                failings.push(Failing::NoOperations(*path));
+            } else if path.has_rounds() && (tally.rounds == 0 || tally.notices == 0) {
+                failings.push(Failing::NoRounds(*path));
+            } else if path.has_rounds() && self.reads_after(*path) == 0 {
+                failings.push(Failing::NoReads(*path));
+            }
+        }
+        failings
+    }
+}
+
+impl Failing {
+    /// Whether a device, or the CPU, has seen or changed what was not its own any more.
+    #[must_use]
+    pub const fn is_stale(self) -> bool {
+        matches!(self, Self::StaleReads(_) | Self::StaleWrites(_))
+    }
+}
+
+impl fmt::Display for Failing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::StaleReads(count) => write!(f, "{count} stale reads"),
+            Self::StaleWrites(count) => write!(f, "{count} writes to free frames"),
+            Self::NoOperations(path) => write!(f, "{path} was asked for and never done"),
+            Self::NoRounds(path) => write!(f, "{path} never waited for a device: nothing is shown of it"),
+            Self::NoReads(path) => {
+                write!(f, "no device read what {path} had released: nothing is shown of it")
+            }
+            Self::BreakNotFound => f.write_str("a rule was broken and the checker did not find it"),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::rule::Rule;
+
+    /// A run on which nothing is wrong.
+    pub(crate) fn good() -> Outcome {
+        let tally = PathTally { operations: 5, rounds: 4, notices: 3 };
+        let device = DeviceReport { reads: 80, reads_after: vec![10; 8], ..DeviceReport::default() };
+        Outcome {
+            plan: Plan {
+                socket: "/tmp/s".into(),
+                floor: "/tmp/f".into(),
+                seed: 7,
+                devices: 1,
+                address_spaces: 1,
+                pages: 1,
+                paths: Path::EVERY.to_vec(),
+                rule: None,
+                pause: std::time::Duration::ZERO,
+                flush_time: "none".to_owned(),
+                workers: 1,
+                write_percent: 0,
+                cache_pages: 0,
+                shards: 1,
+            },
+            seconds: 1.0,
+            stopped_early: false,
+            host: HostReport { paths: vec![tally; 8], ..HostReport::default() },
+            devices: vec![device],
+        }
+    }
+
+    #[test]
+    fn a_run_without_a_stale_read_that_has_seen_every_path_succeeds() {
+        assert_eq!(good().failings(), []);
+    }
+
+    #[test]
+    fn a_path_without_rounds_notices_or_reads_is_told_and_fails_the_run() {
+        let mut run = good();
+        run.host.paths[Path::Munmap.index()].rounds = 0;
+        run.host.paths[Path::Cow.index()].notices = 0;
+        run.host.paths[Path::Map.index()].operations = 0;
+        run.devices[0].reads_after[Path::Exit.index()] = 0;
+        run.host.paths[Path::Write.index()].rounds = 0;
+        let failings = run.failings();
+        assert_eq!(
+            failings,
+            [
+                Failing::NoOperations(Path::Map),
+                Failing::NoRounds(Path::Cow),
+                Failing::NoRounds(Path::Munmap),
+                Failing::NoReads(Path::Exit),
+            ],
+            "a store in place has no rounds, and need not have"
+        );
+        assert!(!failings.iter().any(|failing| failing.is_stale()));
+    }
+
+    #[test]
+    fn a_stale_read_of_a_device_or_of_the_cpu_fails_the_run_and_so_does_a_stale_write() {
+        let mut run = good();
+        run.devices[0].stale_reads = 2;
+        run.host.stale_reads = 1;
+        run.host.stale_writes = 4;
+        assert_eq!(run.failings(), [Failing::StaleReads(3), Failing::StaleWrites(4)]);
+    }
+
+    #[test]
+    fn a_break_that_was_not_found_fails_the_run() {
+        let mut run = good();
+        run.plan.rule = Some(Rule::GrantInWindow);
+        assert_eq!(run.failings(), [Failing::BreakNotFound]);
+    }
+}

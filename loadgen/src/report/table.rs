@@ -1,0 +1,104 @@
+//! The report for people.
+
+use std::io::{self, Write};
+
+use super::outcome::Outcome;
+use crate::path::Path;
+
+/// The most stale reads that are told in full.
+const MOST_TOLD: usize = 8;
+
+/// Latency by stage, in microseconds.
+///
+/// # Errors
+/// What `out` fails with.
+pub fn write_latencies(out: &mut impl Write, run: &Outcome) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:<12}{:>10}{:>11}{:>11}{:>11}{:>11}{:>11}",
+        "stage (us)", "count", "p50", "p90", "p99", "p99.9", "max"
+    )?;
+    for stage in &run.host.stages {
+        writeln!(
+            out,
+            "{:<12}{:>10}{:>11.1}{:>11.1}{:>11.1}{:>11.1}{:>11.1}",
+            stage.stage.name(),
+            stage.count,
+            stage.p50_us,
+            stage.p90_us,
+            stage.p99_us,
+            stage.p999_us,
+            stage.max_us
+        )?;
+    }
+    writeln!(out)
+}
+
+/// What each path did.
+///
+/// # Errors
+/// What `out` fails with.
+pub fn write_paths(out: &mut impl Write, run: &Outcome) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:<12}{:>12}{:>10}{:>10}{:>13}",
+        "path", "operations", "rounds", "notices", "reads after"
+    )?;
+    for path in Path::EVERY {
+        let tally = run.path(path);
+        let chosen = run.plan.paths.contains(&path);
+        if !chosen && tally.operations == 0 {
+            continue;
+        }
+        let name = if chosen { path.name().to_owned() } else { format!("({path})") };
+        let (operations, reads) = (tally.operations, run.reads_after(path));
+        // A path that takes nothing from devices has no rounds to count.
+        let [rounds, notices, reads] = if path.has_rounds() {
+            [tally.rounds.to_string(), tally.notices.to_string(), reads.to_string()]
+        } else {
+            ["-".to_owned(), "-".to_owned(), if reads > 0 { reads.to_string() } else { "-".to_owned() }]
+        };
+        writeln!(out, "{name:<12}{operations:>12}{rounds:>10}{notices:>10}{reads:>13}")?;
+    }
+    writeln!(out)
+}
+
+/// What was read, what was found, and what that means.
+///
+/// # Errors
+/// What `out` fails with.
+pub fn write_verdict(out: &mut impl Write, run: &Outcome) -> io::Result<()> {
+    let totals = run.totals();
+    writeln!(
+        out,
+        "{} reads by {} devices in {:.1} s: {} from copies, {} TLB hits, {} faults, {} refused, {} torn by a store",
+        totals.reads,
+        run.plan.devices,
+        run.seconds,
+        totals.copy_reads,
+        totals.tlb_hits,
+        totals.faults,
+        totals.refused,
+        totals.torn
+    )?;
+    writeln!(
+        out,
+        "{} reads by the CPU, {} writes and {} flushes by devices; seed {}",
+        run.host.loads, totals.writes, totals.flushes, run.plan.seed
+    )?;
+    if let Some(rule) = run.plan.rule {
+        writeln!(out, "broken on purpose: {}", rule.name())?;
+    }
+    if run.stopped_early {
+        writeln!(out, "stopped early: stale reads were found")?;
+    }
+    let failings = run.failings();
+    if failings.is_empty() {
+        return writeln!(out, "PASSED: 0 stale reads");
+    }
+    for stale in run.stale().take(MOST_TOLD) {
+        writeln!(out, "  stale: {stale}")?;
+    }
+    let told: Vec<String> = failings.iter().map(ToString::to_string).collect();
+    writeln!(out, "FAILED: {}", told.join("; "))
+}

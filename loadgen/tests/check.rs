@@ -1,0 +1,64 @@
+//! Whole runs without a break: real processes, real sockets, real memory.
+
+mod util;
+
+use util::check;
+
+#[test]
+fn every_path_is_seen_and_no_read_is_stale() {
+    let run = check(&["--seconds", "6", "--seed", "5"]);
+    assert_eq!(run.code, Some(0), "{run:#?}");
+    assert_eq!((run.number("/version"), run.number("/stale_reads"), run.number("/stale_writes")), (1, 0, 0));
+    assert!(run.number("/reads") > 0 && run.number("/copy_reads") > 0 && run.number("/writes") > 0);
+    assert!(run.number("/tlb_hits") > 0 && run.number("/faults") > 0 && run.number("/flushes") > 0);
+    for path in ["map", "read", "write", "fork", "cow", "munmap", "dontneed", "exit"] {
+        assert!(run.number(&format!("/paths/{path}/operations")) > 0, "{path}: {run:#?}");
+    }
+    for path in ["fork", "cow", "munmap", "dontneed", "exit"] {
+        for what in ["rounds", "notices", "reads_after"] {
+            assert!(run.number(&format!("/paths/{path}/{what}")) > 0, "{path} {what}: {run:#?}");
+        }
+    }
+    for stage in ["dispatch", "stream", "flush", "ack", "completion", "release", "round"] {
+        assert!(run.number(&format!("/stages/{stage}/count")) > 0, "{stage}: {run:#?}");
+    }
+    let repeat = run.json["repeat"].as_str().expect("the command that repeats it");
+    assert!(repeat.contains("--seed 5 ") && repeat.contains("--seconds 6 "), "{repeat}");
+}
+
+#[test]
+fn chosen_paths_are_done_and_others_are_not() {
+    let run = check(&["--seconds", "2", "--seed", "1", "--paths", "dontneed,read", "--devices", "1"]);
+    assert_eq!(run.code, Some(0), "{run:#?}");
+    assert!(run.number("/paths/dontneed/notices") > 0 && run.number("/paths/read/operations") > 0);
+    for path in ["fork", "cow", "munmap", "exit"] {
+        assert_eq!(run.number(&format!("/paths/{path}/operations")), 0, "{path}");
+    }
+}
+
+/// Many workers on few pages and no pause: most reads meet an operation.
+#[test]
+fn no_read_is_stale_where_reads_and_operations_crowd() {
+    let crowd = ["--pages", "8", "--pause", "0ms", "--workers", "8", "--cache-pages", "256"];
+    let args = ["--seconds", "3", "--seed", "98", "--paths", "fork,cow,dontneed", "--write-ratio", "0.2"];
+    let run = check(&[&args[..], &crowd].concat());
+    assert_eq!(run.code, Some(0), "{run:#?}");
+}
+
+#[test]
+fn a_flush_that_takes_its_time_shows_in_the_stage_of_flushes() {
+    let args = ["--seconds", "2", "--seed", "2", "--paths", "dontneed,write", "--flush-time", "fixed:20ms"];
+    let run = check(&args);
+    assert_eq!(run.code, Some(0), "{run:#?}");
+    let p50 = run.json.pointer("/stages/flush/p50_us").and_then(serde_json::Value::as_f64);
+    assert!(p50 >= Some(20_000.0), "{run:#?}");
+}
+
+/// A run in which a path had no chance must not count as one that was passed.
+#[test]
+fn a_run_that_has_shown_nothing_fails() {
+    // It ends before the first operation that could be waited for.
+    let run = check(&["--seconds", "0.2", "--seed", "2", "--pause", "10s", "--paths", "exit"]);
+    assert_eq!(run.code, Some(70), "{run:#?}");
+    assert!(run.json["failings"].to_string().contains("exit"), "{run:#?}");
+}

@@ -41,8 +41,8 @@ const DEFAULT_ACK_TIMEOUT: Duration = Duration::from_secs(1);
 /// A device subscribes to what it maps, at most a few times per process that uses it.
 const DEFAULT_MAX_SUBSCRIPTIONS: usize = 1024;
 
-/// A message with this many ranges stays below 8 KiB; who has more makes another subscription.
-const DEFAULT_MAX_RANGES_PER_SUBSCRIPTION: usize = 256;
+/// A message with this many ranges stays below 16 KiB; who has more makes another subscription.
+const DEFAULT_MAX_RANGES_PER_SUBSCRIPTION: usize = 512;
 
 /// Faults that one device may have waiting on the host: four times a usual fault buffer's batch.
 const DEFAULT_MAX_FAULTS_IN_FLIGHT: usize = 256;

@@ -150,8 +150,14 @@ pub fn wire_access(access: Access) -> v1::Access {
 /// # Errors
 /// [`Malformed`] when a field is.
 pub fn translation(wire: v1::Translation) -> Result<Translation, Malformed> {
+    let range = bounded_range(wire.range, "translation.range")?;
+    let length = range.length().unwrap_or(0);
+    if PageSize::from_bytes(length).is_none_or(|page| range.start() & page.offset_mask() != 0) {
+        let expected = "one page: its length a power of two, its start a multiple of that";
+        return Err(Malformed::Value { field: "translation.range (bytes)", value: length, expected });
+    }
     Ok(Translation {
-        range: bounded_range(wire.range, "translation.range")?,
+        range,
         frame: FrameNumber(wire.frame),
         access: access(wire.access)?,
     })
@@ -205,6 +211,21 @@ impl TryFrom<v1::SessionRequest> for DeviceSays {
             Message::Leave(v1::Leave {}) => Ok(Self::Leave),
         }
     }
+}
+
+/// The request that a message makes, read before it is known to be well-formed: a refusal can then name
+/// what it refuses.
+#[must_use]
+pub fn request_of(wire: &v1::SessionRequest) -> Option<RequestId> {
+    use v1::session_request::Message;
+    let request = match wire.message.as_ref()? {
+        Message::Subscribe(subscribe) => subscribe.request_id,
+        Message::Unsubscribe(unsubscribe) => unsubscribe.request_id,
+        Message::Fault(fault) => fault.request_id,
+        Message::Heartbeat(heartbeat) => heartbeat.request_id,
+        Message::Hello(_) | Message::Ack(_) | Message::Young(_) | Message::Leave(_) => 0,
+    };
+    RequestId::new(request)
 }
 
 impl TryFrom<v1::Hello> for Hello {

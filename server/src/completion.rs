@@ -14,8 +14,9 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use shootdown_core::event::Event;
 use shootdown_core::round::{Progress, Resolution, Round};
-use shootdown_core::{DeviceId, Moment, SessionId};
+use shootdown_core::{Cause, DeviceId, Moment, SessionId};
 use tokio::sync::{Notify, OwnedSemaphorePermit, SetOnce};
+use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::directory::AddressSpace;
@@ -30,6 +31,8 @@ pub(crate) struct WaitingRound {
     complete: Notify,
     /// Set by the round's task after the read section has ended. Any number of callers listen.
     finished: SetOnce<()>,
+    /// Cancelled when the round's task is dropped with its runtime: nobody will finish the round.
+    lost: CancellationToken,
     called: Moment,
     clock: Clock,
 }
@@ -90,6 +93,7 @@ impl WaitingRound {
             round: Mutex::new(Ledger { round, bracket, dispatched: called }),
             complete: Notify::new(),
             finished: SetOnce::new(),
+            lost: CancellationToken::new(),
             called,
             clock,
         }
@@ -137,12 +141,22 @@ impl WaitingRound {
             Wait::NotAtAll => {}
             // A timer takes a millisecond, even for no time at all.
             Wait::AtMost(Duration::ZERO) => {}
-            Wait::ForTargets => drop(self.finished.wait().await),
+            Wait::ForTargets => self.over().await,
             // An expired timer is not looked at: the ledger alone says whether the round is complete
             // (TimeoutIsNotAck).
-            Wait::AtMost(limit) => drop(tokio::time::timeout(limit, self.finished.wait()).await),
+            Wait::AtMost(limit) => drop(tokio::time::timeout(limit, self.over()).await),
         }
         self.result()
+    }
+
+    /// Finished, or never to be: the verdict says which.
+    async fn over(&self) {
+        tokio::select! {
+            // First: a round that is finished is finished, even if its runtime stops.
+            biased;
+            _ = self.finished.wait() => {}
+            () = self.lost.cancelled() => {}
+        }
     }
 
     fn result(&self) -> RoundResult {
@@ -172,8 +186,13 @@ pub(crate) struct Owned {
 }
 
 /// The round's task: it lives until every target has stopped, whatever becomes of the caller.
+///
+/// Dropped with its runtime, when the host agent is cut, it tells the waiters that there is nothing more to
+/// wait for: their verdict is NotQuiesced.
 pub(crate) async fn own(round: Arc<WaitingRound>, owned: Owned) {
+    let lost = round.lost.clone().drop_guard();
     round.complete.notified().await;
+    lost.disarm();
     finish(&round, owned);
 }
 
@@ -181,15 +200,19 @@ pub(crate) async fn own(round: Arc<WaitingRound>, owned: Owned) {
 pub(crate) fn finish(round: &WaitingRound, owned: Owned) {
     let Owned { space, section, permit } = owned;
     drop(section);
-    let (seq, bracket) = {
+    let (event, bracket) = {
         let ledger = round.round.lock();
         // Under the lock, so that `on_end` either comes before, and leaves the end to this task, or
         // sees the round finished, and ends the bracket itself.
         round.finished.set(()).expect("a round is finished by its one task, once");
-        (ledger.round.event().seq, ledger.bracket)
+        (*ledger.round.event(), ledger.bracket)
     };
+    // What is unmapped is not young any more; whatever else is invalidated may be asked for again.
+    if matches!(event.cause, Cause::Unmap | Cause::Release) {
+        space.young.lock().clear(event.range);
+    }
     match bracket {
-        EndedBy::Task => space.end_bracket(seq),
+        EndedBy::Task => space.end_bracket(event.seq, round.clock),
         // It stays listed, so that its caller can ask for the outcome until the end.
         EndedBy::Caller | EndedBy::Nobody => {}
     }

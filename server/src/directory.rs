@@ -101,9 +101,9 @@ impl Directory {
 
 /// One address space: its order, its subscribers, its rounds.
 ///
-/// Three locks, none of them ever held across an await, and never two at a time: `order` for what
-/// must happen in one order (sequence, brackets, grants), `rounds` for the listing, `young` for the
-/// bits. The subscriber list is read under SRCU, in a domain of its own: a slow round delays the
+/// Three locks, none of them ever held across an await: `order` for what must happen in one order
+/// (sequence, brackets, notices, grants), `rounds` for the listing, `young` for the bits. Inside of
+/// `order` only `rounds` and a session's lock are taken, never the other way round. The subscriber list is read under SRCU, in a domain of its own: a slow round delays the
 /// unsubscribers of this address space and of no other (Isolation).
 pub(crate) struct AddressSpace {
     pub(crate) id: AddressSpaceId,
@@ -162,6 +162,13 @@ impl AddressSpace {
         }
         self.subscribers.update(|interest| interest.subscribe(subscription));
         Ok(order.gate.last_seq())
+    }
+
+    /// Brackets that may be open: those of rounds in flight, and as many that their callers have not
+    /// ended yet. A caller that never ends its brackets is refused further ones, until it ends them or
+    /// the address space is released.
+    pub(crate) fn most_brackets(&self) -> usize {
+        self.most_rounds.saturating_mul(2)
     }
 
     /// Its rounds that wait for a target.

@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use crate::clock::Clock;
 use crate::completion::{self, EndedBy, Owned, Token, WaitingRound};
 use crate::directory::AddressSpace;
-use crate::session::SessionHandle;
+use crate::session::{After, SessionHandle};
 use crate::source::NotifyError;
 
 /// What is to be dispatched.
@@ -47,9 +47,15 @@ pub(crate) enum Leave {
 }
 
 impl AddressSpace {
-    /// Opens a round. The one lock that grants take as well makes sequence, bracket, spoiled tickets
-    /// and targets one step: a subscriber that this call does not see cannot have been granted
-    /// anything before it, and is held after it (JoinCovers, NoGrantInWindow).
+    /// Opens a round. All of it is one step under the lock that grants take as well:
+    ///
+    /// * sequence, bracket, spoiled tickets and targets: a subscriber that this call does not see cannot
+    ///   have been granted anything before it, and is held after it (JoinCovers, NoGrantInWindow);
+    /// * the round in the list: whoever knows its sequence finds it there;
+    /// * the notices in the outboxes: they stand there in the order of their sequences, so that the new
+    ///   translation of a `change_pte` never comes after the event that takes it away.
+    ///
+    /// What may run code of others, wakers and rounds of sessions that are over, comes after the lock.
     pub(crate) fn open_round(
         self: &Arc<Self>,
         call: Call,
@@ -58,33 +64,38 @@ impl AddressSpace {
         clock: Clock,
         tasks: &TaskTracker,
     ) -> Result<Dispatched, NotifyError> {
-        let (seq, subscribers, targets, method) = {
-            let mut order = self.order.lock();
-            if order.released {
-                return Err(NotifyError::Released(self.id));
-            }
-            let subscribers = self.subscribers.read();
-            let targets = subscribers.targets(call.range, call.cause, call.method);
-            if !targets.is_empty() && matches!(leave, Leave::NotToWait) {
-                return Ok(Dispatched::WouldBlock(in_the_way(&targets)));
-            }
-            if call.method == Method::Release {
-                order.released = true;
-            }
-            let seq = order.gate.start(call.range);
-            (seq, subscribers, targets, degrade(call.method, seq, &order.gate))
-        };
+        let mut order = self.order.lock();
+        if order.released {
+            return Err(NotifyError::Released(self.id));
+        }
+        let subscribers = self.subscribers.read();
+        let targets = subscribers.targets(call.range, call.cause, call.method);
+        if !targets.is_empty() && matches!(leave, Leave::NotToWait) {
+            return Ok(Dispatched::WouldBlock(in_the_way(&targets)));
+        }
+        if order.gate.open_brackets() >= self.most_brackets() {
+            return Err(NotifyError::TooManyRounds { address_space: self.id, most: self.most_brackets() });
+        }
+        order.released |= call.method == Method::Release;
+        let seq = order.gate.start(call.range);
         let event = Event {
             address_space: self.id,
             seq,
             range: call.range,
-            method,
+            method: degrade(call.method, seq, &order.gate),
             cause: call.cause,
             owner: call.owner,
         };
         let names = targets.iter().map(|target| (target.session, target.handle.device.clone()));
         let round = Arc::new(WaitingRound::new(event, names, call.bracket, called, clock));
         self.rounds.lock().insert(seq, Arc::clone(&round));
+        let sent = send(event, &targets, &round, clock.now());
+        drop(order);
+
+        round.on_dispatched(clock.now());
+        for (target, after) in targets.iter().zip(sent) {
+            target.handle.carry_out(after);
+        }
         let permit = match leave {
             Leave::ToWait(permit) => Some(permit),
             Leave::NotToWait => None,
@@ -92,50 +103,59 @@ impl AddressSpace {
         let owned = Owned { space: Arc::clone(self), section: subscribers.into_section(), permit };
         match targets.first() {
             None => completion::finish(&round, owned),
+            // On the first target's shard: its ack then wakes the round without leaving the core.
             Some(first) => {
-                // On the first target's shard: its ack then wakes the round without leaving the core.
-                let shard = first.handle.shard.clone();
-                send(event, &targets, &round, clock.now());
-                round.on_dispatched(clock.now());
-                tasks.spawn_on(completion::own(Arc::clone(&round), owned), &shard);
+                drop(tasks.spawn_on(completion::own(Arc::clone(&round), owned), &first.handle.shard));
             }
         }
         Ok(Dispatched::Open(round))
     }
 
     /// Closes a bracket and lets the faults that it held look again.
-    pub(crate) fn end_bracket(&self, seq: Seq) {
+    pub(crate) fn end_bracket(&self, seq: Seq, clock: Clock) {
         let ended = self.order.lock().gate.end(seq);
         let round = self.rounds.lock().remove(&seq);
         let (Ok(range), Some(round)) = (ended, round) else { return };
         self.bracket_ended.notify_waiters();
         let (cause, owner) = round.look(|round| (round.event().cause, round.event().owner));
-        self.tell_range_end(Event {
-            address_space: self.id,
-            seq,
-            range,
-            method: Method::RangeEnd,
-            cause,
-            owner,
-        });
+        self.tell_range_end(
+            Event { address_space: self.id, seq, range, method: Method::RangeEnd, cause, owner },
+            clock,
+        );
     }
 
     /// A hint to those who asked for it; nobody waits for it.
-    fn tell_range_end(&self, event: Event) {
+    fn tell_range_end(&self, event: Event, clock: Clock) {
         let subscribers = self.subscribers.read();
-        for target in subscribers.targets(event.range, event.cause, event.method) {
-            target.handle.on_event(&event, None);
+        let targets = subscribers.targets(event.range, event.cause, event.method);
+        if targets.is_empty() {
+            return;
+        }
+        // In its place among the events, as in `open_round`.
+        let order = self.order.lock();
+        let now = clock.now();
+        let sent: Vec<After> =
+            targets.iter().map(|target| target.handle.on_event(&event, None, now)).collect();
+        drop(order);
+        for (target, after) in targets.iter().zip(sent) {
+            target.handle.carry_out(after);
         }
     }
 }
 
-/// One notice into each target's outbox.
-fn send(event: Event, targets: &[Target<Arc<SessionHandle>>], round: &Arc<WaitingRound>, now: Moment) {
-    for (index, target) in targets.iter().enumerate() {
+/// One notice into each target's outbox; what is to be done once the lock is dropped.
+fn send(
+    event: Event,
+    targets: &[Target<Arc<SessionHandle>>],
+    round: &Arc<WaitingRound>,
+    now: Moment,
+) -> Vec<After> {
+    let push = |(index, target): (usize, &Target<Arc<SessionHandle>>)| {
         let token = Token { round: Arc::clone(round), target: index };
         let event = Event { method: understood(event.method, &target.handle), ..event };
-        target.handle.on_event_at(&event, Some(token), now);
-    }
+        target.handle.on_event(&event, Some(token), now)
+    };
+    targets.iter().enumerate().map(push).collect()
 }
 
 /// `change_pte` is a hint that is only valid while its bracket is the only one over the page: another

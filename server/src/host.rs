@@ -136,12 +136,13 @@ impl Host {
     ) -> Result<RoundResult, NotifyError> {
         let called = self.clock().now();
         let space = self.directory().expect(address_space)?;
+        // In this order: a round is listed with its sequence, in one step, and leaves the list complete.
+        let last_seq = space.order.lock().gate.last_seq();
         let waiting = space.rounds.lock().get(&seq).cloned();
         if let Some(round) = waiting {
             return Ok(round.wait(wait).await);
         }
-        // A round is listed before its sequence can be known to anybody, and leaves the list complete.
-        if Some(seq) > space.order.lock().gate.last_seq() {
+        if Some(seq) > last_seq {
             return Err(NotifyError::BracketUnknown { address_space, seq });
         }
         Ok(self.nothing_waits(Verdict::Quiesced, Some(seq), called))
@@ -166,6 +167,14 @@ impl Host {
         space.open_round(call, leave, called, self.clock(), self.tasks())
     }
 
+    /// What is left of the caller's time since it called.
+    fn rest(&self, wait: Wait, called: Moment) -> Wait {
+        match wait {
+            Wait::AtMost(limit) => Wait::AtMost(limit.saturating_sub(self.clock().now().since(called))),
+            Wait::ForTargets | Wait::NotAtAll => wait,
+        }
+    }
+
     /// A whole method whose bracket is its own: opens, waits, and the round's task ends the bracket.
     async fn bracketed(
         &self,
@@ -179,7 +188,7 @@ impl Host {
         let space = self.directory().expect(address_space)?;
         let call = Call { range, method, cause, owner, bracket: EndedBy::Task };
         match self.open(&space, call, wait, called).await? {
-            Dispatched::Open(round) => Ok(round.wait(wait).await),
+            Dispatched::Open(round) => Ok(round.wait(self.rest(wait, called)).await),
             Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
         }
     }
@@ -272,8 +281,9 @@ impl Notifier for Host {
         match self.open(&space, call, wait, called).await? {
             Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
             Dispatched::Open(round) => {
-                let mut caller = Unanswered { space: &space, round: &round, answered: false };
-                let result = round.wait(wait).await;
+                let mut caller =
+                    Unanswered { space: &space, round: &round, answered: false, clock: self.clock() };
+                let result = round.wait(self.rest(wait, called)).await;
                 caller.answered = true;
                 Ok(result)
             }
@@ -284,7 +294,7 @@ impl Notifier for Host {
         let space = self.directory().expect(address_space)?;
         let round = space.rounds.lock().get(&seq).cloned();
         match round.map(|round| round.on_end()) {
-            Some(End::Now) => space.end_bracket(seq),
+            Some(End::Now) => space.end_bracket(seq, self.clock()),
             Some(End::WhenComplete) => {}
             Some(End::NotTheCallers) | None => {
                 return Err(NotifyError::BracketUnknown { address_space, seq });
@@ -352,12 +362,13 @@ struct Unanswered<'a> {
     space: &'a Arc<AddressSpace>,
     round: &'a Arc<WaitingRound>,
     answered: bool,
+    clock: Clock,
 }
 
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
         if !self.answered && self.round.on_end() == End::Now {
-            self.space.end_bracket(self.round.look(|round| round.event().seq));
+            self.space.end_bracket(self.round.look(|round| round.event().seq), self.clock);
         }
     }
 }

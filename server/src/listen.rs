@@ -3,9 +3,9 @@
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -71,7 +71,7 @@ impl ListenAddr {
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    Unix(UnixListener, SocketFile),
 }
 
 /// Who may do more than a device may.
@@ -97,7 +97,7 @@ impl Listener {
                     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
                 }
                 listener.set_nonblocking(true)?;
-                Ok(Self::Unix(listener, path.clone()))
+                Ok(Self::Unix(listener, SocketFile::of(path)?))
             }
         }
     }
@@ -106,19 +106,52 @@ impl Listener {
     pub(crate) fn address(&self) -> io::Result<ListenAddr> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(ListenAddr::Tcp),
-            Self::Unix(_, path) => Ok(ListenAddr::Unix(path.clone())),
+            Self::Unix(_, file) => Ok(ListenAddr::Unix(file.path.clone())),
         }
     }
 }
 
-/// A socket file outlives a host agent that was killed. One that answers is in use, and stays.
-fn remove_stale(path: &PathBuf) -> io::Result<()> {
+/// A socket file outlives a host agent that was killed. One that answers is in use, and stays; so does
+/// whatever is no socket.
+fn remove_stale(path: &Path) -> io::Result<()> {
     match UnixStream::connect(path) {
         Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on this socket")),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+                return Err(io::Error::new(io::ErrorKind::AddrInUse, "there is a file that is no socket"));
+            }
+            std::fs::remove_file(path)
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// A socket file that this process made; removed when it is dropped, unless another has taken its place.
+#[derive(Debug)]
+pub(crate) struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), identity: identity(path)? })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            // It was there a moment ago; if it is gone by now, all the better.
+            drop(std::fs::remove_file(&self.path));
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// An accepted connection that is not tied to a runtime yet: a shard takes it over.
@@ -141,7 +174,12 @@ pub(crate) struct Peer {
 #[derive(Debug)]
 pub(crate) enum Acceptor {
     Tcp(tokio::net::TcpListener),
-    Unix(tokio::net::UnixListener, Leave),
+    Unix {
+        listener: tokio::net::UnixListener,
+        /// Removed with the listener.
+        _file: SocketFile,
+        leave: Leave,
+    },
 }
 
 impl Acceptor {
@@ -149,9 +187,8 @@ impl Acceptor {
     pub(crate) fn new(listener: Listener, leave: Leave) -> io::Result<Self> {
         match listener {
             Listener::Tcp(listener) => tokio::net::TcpListener::from_std(listener).map(Self::Tcp),
-            Listener::Unix(listener, _) => {
-                tokio::net::UnixListener::from_std(listener).map(|listener| Self::Unix(listener, leave))
-            }
+            Listener::Unix(listener, file) => tokio::net::UnixListener::from_std(listener)
+                .map(|listener| Self::Unix { listener, _file: file, leave }),
         }
     }
 
@@ -166,7 +203,7 @@ impl Acceptor {
                 find_vanished(&stream)?;
                 Ok(Accepted::Tcp(stream.into_std()?, Peer { uid: None, has_leave: false }))
             }
-            Self::Unix(listener, leave) => {
+            Self::Unix { listener, leave, .. } => {
                 let (stream, _) = listener.accept().await?;
                 let uid = stream.peer_cred()?.uid();
                 let peer = Peer { uid: Some(uid), has_leave: leave.uids.contains(&uid) };
@@ -302,5 +339,22 @@ mod tests {
         let refused = Listener::bind(&address, true).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
         drop(live);
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_never_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notes.txt");
+        std::fs::write(&path, "precious").unwrap();
+        let refused = Listener::bind(&ListenAddr::Unix(path.clone()), false).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+        // Nor is a file that took the place of the socket.
+        std::fs::remove_file(&path).unwrap();
+        let listener = Listener::bind(&ListenAddr::Unix(path.clone()), false).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "precious").unwrap();
+        drop(listener);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     }
 }

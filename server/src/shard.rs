@@ -3,7 +3,7 @@
 //! leaving the core.
 //!
 //! Why not one multi-thread runtime: a notice and its ack take a third longer there, because work
-//! hops between cores that must first be woken (docs/performance.md has the figures).
+//! hops between cores that must first be woken (docs/performance.md).
 
 use std::future::Future;
 use std::io;

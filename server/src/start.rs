@@ -224,7 +224,7 @@ impl Running {
     /// sessions are waited for, but not for longer than the drain time-out; then all is cut. A round
     /// that is not complete by then is never answered: its pages are not released.
     pub async fn shutdown(self) {
-        let Self { host, memory, shards, control, health, stop, drain_timeout, addresses, .. } = self;
+        let Self { host, memory, shards, control, health, stop, drain_timeout, .. } = self;
         health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         health.set_not_serving::<DeviceServiceServer<Devices>>().await;
         host.stopping().cancel();
@@ -250,7 +250,6 @@ impl Running {
             control.join();
         });
         drop(threads.await);
-        remove_sockets(&addresses);
     }
 }
 
@@ -386,11 +385,3 @@ async fn accept(
 /// Between two tries to accept when the machine has nothing left: an accept that fails leaves its
 /// connection in the queue, so trying at once would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-fn remove_sockets(addresses: &Addresses) {
-    for address in addresses.device.iter().chain(&addresses.source).chain(&addresses.admin) {
-        if let ListenAddr::Unix(path) = address {
-            drop(std::fs::remove_file(path));
-        }
-    }
-}

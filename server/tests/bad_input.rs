@@ -158,7 +158,8 @@ async fn a_bad_range_is_refused_wherever_it_stands() {
                 wants_data: false,
             }))
             .await;
-        assert_eq!(device.error().await.reason(), Reason::RangeInvalid, "fault, {name}");
+        let error = device.error().await;
+        assert_eq!((error.reason(), error.request_id), (Reason::RangeInvalid, 9), "fault, {name}");
         let young = v1::Young { address_space_id: scene.space.get(), ranges: vec![bad] };
         device.ask(Ask::Young(young)).await;
         assert_eq!(device.error().await.reason(), Reason::RangeInvalid, "young, {name}");
@@ -321,7 +322,11 @@ async fn lists_that_are_too_long_are_refused_below_the_size_limit() {
 
 #[tokio::test]
 async fn subscriptions_beyond_the_quota_are_refused_until_one_ends() {
-    let scene = Scene::start_with(|config| config.host.session.max_subscriptions = 2).await;
+    let scene = Scene::start_with(|config| {
+        config.host.session.max_subscriptions = 2;
+        config.host.session.max_ranges_per_subscription = 256;
+    })
+    .await;
     let mut device = scene.agent.device("collector").await;
     let first = device.subscribe(scene.space, pages(1, 1)).await;
     device.subscribe(scene.space, pages(2, 1)).await;
@@ -329,11 +334,12 @@ async fn subscriptions_beyond_the_quota_are_refused_until_one_ends() {
     let refused = device.try_subscribe(scene.space.get(), third.clone()).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::SubscriptionQuota);
     device.ask(Ask::Unsubscribe(v1::Unsubscribe { request_id: 7, subscription_id: first })).await;
-    // The answer waits for the address space's rounds, the bystander's among them; the place is free at
-    // once.
-    device.try_subscribe(scene.space.get(), third).await.unwrap();
+    // It counts until its answer, which waits for the address space's rounds, the bystander's among them.
+    let refused = device.try_subscribe(scene.space.get(), third).await.unwrap_err();
+    assert_eq!(refused.reason(), Reason::SubscriptionQuota);
+    let mut other = scene.agent.device("ranger").await;
     let ranges = vec![wire(pages(1, 1)); 300];
-    let refused = device.try_subscribe(scene.space.get(), ranges).await.unwrap_err();
+    let refused = other.try_subscribe(scene.space.get(), ranges).await.unwrap_err();
     assert_eq!(refused.reason(), Reason::SubscriptionQuota, "ranges of one subscription");
     scene.unharmed().await;
 }

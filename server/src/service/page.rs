@@ -29,31 +29,35 @@ impl PageService for Pages {
         let spans = convert::spans(request.spans)?;
         let session = self.admit(request.session_id, request.epoch)?;
         let mut data = BytesMut::with_capacity(spans.iter().map(|span| span.length as usize).sum());
-        self.frames.read(&spans, &mut data).map_err(|error| refused(&error))?;
-        still_admitted(&session)?;
+        let read = session.access(|| self.frames.read(&spans, &mut data)).ok_or_else(|| over(&session))?;
+        read.map_err(|error| refused(&error))?;
         Ok(Response::new(v1::ReadResponse { data: data.freeze() }))
     }
 
     async fn write(&self, request: Request<v1::WriteRequest>) -> Result<Response<v1::WriteResponse>, Status> {
         let request = request.into_inner();
         let spans = convert::spans(request.spans)?;
-        self.admit(request.session_id, request.epoch)?;
+        let session = self.admit(request.session_id, request.epoch)?;
         let asked: usize = spans.iter().map(|span| span.length as usize).sum();
         if asked != request.data.len() {
             let message = format!("the spans have {asked} bytes, data has {}", request.data.len());
             return Err(make_status(Reason::FieldInvalid, message, &[]));
         }
         let mut rest = request.data;
-        for span in spans {
-            let part = rest.split_to(span.length as usize);
-            self.frames.write(span.frame, span.offset, &part).map_err(|error| refused(&error))?;
-        }
+        let write = || {
+            spans.iter().try_for_each(|span| {
+                let part = rest.split_to(span.length as usize);
+                self.frames.write(span.frame, span.offset, &part)
+            })
+        };
+        let written = session.access(write).ok_or_else(|| over(&session))?;
+        written.map_err(|error| refused(&error))?;
         Ok(Response::new(v1::WriteResponse {}))
     }
 }
 
 impl Pages {
-    /// Only a session that is not over, and by its own epoch: what was fenced reads and writes nothing.
+    /// Only by the session's own epoch; that it is not over is looked at together with the access.
     fn admit(&self, session: u64, epoch: u64) -> Result<Arc<SessionHandle>, Status> {
         let handle = SessionId::new(session).and_then(|id| self.host.registry().get(id));
         let handle = handle.ok_or_else(|| status::session_unknown(session))?;
@@ -61,17 +65,13 @@ impl Pages {
             let message = format!("epoch {epoch} is not that of session {session}");
             return Err(make_status(Reason::EpochStale, message, &[("session_id", session.to_string())]));
         }
-        still_admitted(&handle)?;
         Ok(handle)
     }
 }
 
-fn still_admitted(handle: &SessionHandle) -> Result<(), Status> {
-    if handle.phase().is_over() {
-        let message = format!("session {} is over; drop every translation and connect again", handle.id);
-        return Err(make_status(Reason::SessionFenced, message, &[("session_id", handle.id.to_string())]));
-    }
-    Ok(())
+fn over(handle: &SessionHandle) -> Status {
+    let message = format!("session {} is over; drop every translation and connect again", handle.id);
+    make_status(Reason::SessionFenced, message, &[("session_id", handle.id.to_string())])
 }
 
 fn refused(error: &FrameError) -> Status {

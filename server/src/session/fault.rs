@@ -33,7 +33,9 @@ const MOST_TRIES: usize = 16;
 /// Why a fault was refused.
 #[derive(Debug, thiserror::Error)]
 enum Refused {
-    #[error("the range {0} is not covered by one subscription of this session; subscribe first")]
+    #[error(
+        "the range {0} is not covered by one subscription of this session that hears of every cause; subscribe first"
+    )]
     NotSubscribed(AddrRange),
     #[error("the address space was released")]
     Released,
@@ -63,30 +65,43 @@ pub(super) fn start(host: &Host, handle: &Arc<SessionHandle>, fault: Fault) {
     if let Err(quota) = counted {
         return handle.refuse(Reason::FaultQuota, quota.to_string(), Some(fault.request));
     }
-    let in_flight = InFlight(Arc::clone(handle));
+    let mut in_flight = InFlight { handle: Arc::clone(handle), granted: Granted::No };
     host.tasks().spawn_on(
         async move {
-            let handle = &in_flight.0;
+            let handle = &in_flight.handle;
             let served = tokio::select! {
                 biased;
                 // First: a session that is over must not be granted anything.
                 () = handle.over.cancelled() => return,
                 served = serve(handle, &space, fault) => served,
             };
-            if let Err(refused) = served {
-                handle.refuse(refused.reason(), refused.to_string(), Some(fault.request));
+            match served {
+                Ok(()) => in_flight.on_granted(),
+                Err(refused) => handle.refuse(refused.reason(), refused.to_string(), Some(fault.request)),
             }
         },
         &handle.shard,
     );
 }
 
-/// A fault that counts against its session's quota.
-struct InFlight(Arc<SessionHandle>);
+/// A fault that counts against its session's quota: until its grant is taken for the stream, because the
+/// bytes that a grant carries are kept for the device until then, or until it is refused.
+struct InFlight {
+    handle: Arc<SessionHandle>,
+    granted: Granted,
+}
+
+impl InFlight {
+    fn on_granted(&mut self) {
+        self.granted = Granted::Yes;
+    }
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.state.lock().session.on_fault_done();
+        if self.granted == Granted::No {
+            self.handle.state.lock().session.on_fault_done();
+        }
     }
 }
 

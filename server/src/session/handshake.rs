@@ -58,6 +58,16 @@ pub(crate) fn open(
             "the device does not stop by itself when its lease has run out, and nothing else here could tell that it stopped; set capabilities.enforces_lease only if it does",
         ));
     }
+    if !hello.page_sizes.contains(&PageSize::BASE) {
+        return Err(SessionError::fatal(
+            Reason::FieldInvalid,
+            format!(
+                "hello.page_sizes is {:?}; every grant is of pages of {:?}",
+                hello.page_sizes,
+                PageSize::BASE
+            ),
+        ));
+    }
     let config = session_config(host.session_config(), hello);
     let clock = host.clock();
     let wants_timing = host.wants_timing() && !hello.clock_id.is_empty() && hello.clock_id == Clock::id();
@@ -78,8 +88,11 @@ pub(crate) fn open(
             closed: false,
             stream: None,
             subscriptions: std::collections::HashMap::new(),
+            covered: std::collections::HashMap::new(),
+            ever_subscribed: false,
         }
         .into(),
+        accesses: parking_lot::RwLock::new(()),
         room: tokio::sync::Notify::new(),
         severed: tokio_util::sync::CancellationToken::new(),
         over: tokio_util::sync::CancellationToken::new(),

@@ -17,11 +17,13 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::task::Waker;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
+use shootdown_core::interest::IntervalMap;
+use shootdown_core::round::Resolution;
 use shootdown_core::session::{Effect, Effects, EndReason, Phase, Session};
 use shootdown_core::{
-    Ack, AddrRange, DeviceId, Epoch, Event, FlushReport, Incarnation, Moment, Scope, SessionId,
-    SubscriptionId,
+    Ack, AddrRange, AddressSpaceId, CauseSet, DeviceId, Epoch, Event, FlushReport, Incarnation, Moment,
+    Scope, SessionId, SubscriptionId,
 };
 use shootdown_proto::error::Reason;
 use shootdown_proto::message::{HostSays, RequestId, SessionError};
@@ -52,6 +54,9 @@ pub(crate) struct SessionHandle {
     pub(crate) shard: Handle,
     pub(crate) shard_index: usize,
     state: Mutex<State>,
+    /// Held for reading by each access to frames, for writing by nobody for longer than it takes to get
+    /// it: see [`SessionHandle::access`].
+    accesses: RwLock<()>,
     /// Rings when an answer was taken for the stream.
     room: Notify,
     /// Cancelled when the stream is to end, or has.
@@ -66,18 +71,43 @@ struct State {
     /// Answers and grants: they go before the notices, see [`stream`].
     answers: VecDeque<HostSays>,
     /// Answers to Unsubscribe: they go after the notices that were pending before them.
-    farewells: VecDeque<HostSays>,
+    farewells: VecDeque<Farewell>,
     last_word: Option<SessionError>,
     closed: bool,
     stream: Option<Waker>,
     subscriptions: HashMap<SubscriptionId, Held>,
+    /// What the session may fault: the ranges of those subscriptions that hear of every cause.
+    covered: HashMap<AddressSpaceId, IntervalMap<SubscriptionId, ()>>,
+    /// A device that never subscribed was never told of anything, nor granted.
+    ever_subscribed: bool,
 }
 
 /// A subscription, as its session knows it.
-#[derive(Clone)]
 struct Held {
     space: Arc<AddressSpace>,
-    ranges: Arc<[AddrRange]>,
+    ranges: Vec<AddrRange>,
+    causes: CauseSet,
+}
+
+/// An answer to Unsubscribe, and the last notice that may have to go before it.
+struct Farewell {
+    says: HostSays,
+    after: u64,
+}
+
+/// What follows from an input, to be carried out when no lock is held.
+#[must_use = "a dropped effect is a round that never completes"]
+pub(crate) struct After {
+    effects: Effects<Token>,
+    waker: Option<Waker>,
+    now: Moment,
+}
+
+/// Whether the accesses of a session that is over are known to have ended.
+#[derive(PartialEq, Eq)]
+enum Stopped {
+    NotKnown,
+    Yes,
 }
 
 /// What a listing says of a session.
@@ -92,14 +122,11 @@ pub(crate) struct Standing {
 }
 
 impl SessionHandle {
-    /// An event that this session is a target of, or, without a token, is told of.
-    pub(crate) fn on_event(&self, event: &Event, token: Option<Token>) {
-        self.on_event_at(event, token, self.clock.now());
-    }
-
-    /// The same, at a time that the caller has read for all targets.
-    pub(crate) fn on_event_at(&self, event: &Event, token: Option<Token>, now: Moment) {
-        self.with(now, |state, effects| state.session.on_event(event, token, now, effects));
+    /// An event that this session is a target of, or, without a token, is told of. What comes of it is
+    /// carried out by the caller, when it holds no lock any more.
+    #[must_use]
+    pub(crate) fn on_event(&self, event: &Event, token: Option<Token>, now: Moment) -> After {
+        self.input(now, |state, effects| state.session.on_event(event, token, now, effects)).1
     }
 
     /// Puts an answer on the stream.
@@ -144,12 +171,17 @@ impl SessionHandle {
         }
     }
 
-    /// The stream is gone.
+    /// The stream is gone. A device that never subscribed holds nothing, so it is as if it had left: it
+    /// is not waited for, and does not count against the sessions there may be.
     fn on_severed(&self) {
         let now = self.clock.now();
         self.with(now, |state, effects| {
             state.closed = true;
-            state.session.on_severed(now, effects);
+            if state.ever_subscribed {
+                state.session.on_severed(now, effects);
+            } else {
+                state.session.on_left(now, effects);
+            }
         });
         self.severed.cancel();
     }
@@ -172,37 +204,76 @@ impl SessionHandle {
 
     /// Runs one input of the rules, then carries out what they gave out, with the lock dropped.
     fn with<R>(&self, now: Moment, input: impl FnOnce(&mut State, &mut Effects<Token>) -> R) -> R {
-        let mut effects = Effects::new();
-        let (result, waker) = {
-            let mut state = self.state.lock();
-            let result = input(&mut state, &mut effects);
-            for effect in effects.iter() {
-                if let Effect::EndStream(reason) = effect {
-                    state.last_word.get_or_insert_with(|| last_word(*reason));
-                }
-            }
-            (result, state.waker_if_it_can_say())
-        };
-        self.carry_out(effects, now);
-        wake(waker);
+        let (result, after) = self.input(now, input);
+        self.carry_out(after);
         result
     }
 
-    fn carry_out(&self, effects: Effects<Token>, now: Moment) {
+    fn input<R>(&self, now: Moment, input: impl FnOnce(&mut State, &mut Effects<Token>) -> R) -> (R, After) {
+        let mut effects = Effects::new();
+        let mut state = self.state.lock();
+        let result = input(&mut state, &mut effects);
+        for effect in effects.iter() {
+            if let Effect::EndStream(reason) = effect {
+                state.last_word.get_or_insert_with(|| last_word(*reason));
+            }
+        }
+        let waker = state.waker_if_it_can_say();
+        (result, After { effects, waker, now })
+    }
+
+    /// What follows from an input: wakes the stream, tells the rounds.
+    pub(crate) fn carry_out(&self, after: After) {
+        let After { effects, waker, now } = after;
+        let mut is_stopped = Stopped::NotKnown;
         for effect in effects {
             match effect {
-                Effect::Resolve { token, how } => token.resolve(how, now),
+                Effect::Resolve { token, how } => {
+                    if !matches!(how, Resolution::Acked { .. }) && is_stopped == Stopped::NotKnown {
+                        self.wait_for_accesses();
+                        is_stopped = Stopped::Yes;
+                    }
+                    token.resolve(how, now);
+                }
                 Effect::Reported { scope, report } => self.on_report(scope, &report),
                 Effect::Phase { from, to } => self.tell_phase(from, to),
                 Effect::EndStream(_) => self.severed.cancel(),
             }
         }
+        wake(waker);
     }
 
-    /// Dirty bits need no action here: what a device wrote is in the frame before its ack, by the
-    /// contract of the ack. Young bits of a flush belong to its round.
+    /// The session is over, so no access to frames begins any more; those that had begun end here. Only
+    /// then may a round hear that the device has stopped (FenceReachesReuse). An access is a copy of at
+    /// most a megabyte and never sleeps.
+    fn wait_for_accesses(&self) {
+        drop(self.accesses.write());
+    }
+
+    /// Runs one access of this session to frames, unless the session is over: the look and the access are
+    /// one step to whoever fences the session.
+    pub(crate) fn access<R>(&self, access: impl FnOnce() -> R) -> Option<R> {
+        let _in_progress = self.accesses.read();
+        (!self.phase().is_over()).then(access)
+    }
+
+    /// Young bits are kept, whatever the flush was for: the device has told them, and will not again
+    /// (YoungIsConservative). They may lie outside of the notice. Dirty bits need nothing done: what a
+    /// device wrote is in the frame before its ack, by the contract of the ack.
     fn on_report(&self, scope: Scope, report: &FlushReport) {
-        tracing::trace!(session = self.id.get(), ?scope, notice = report.notice.get(), "flush report");
+        let Scope::Range(address_space, _) = scope else { return };
+        if !report.young.is_empty()
+            && let Some(space) = self.space(address_space)
+        {
+            let mut young = space.young.lock();
+            report.young.iter().for_each(|range| young.mark(*range));
+        }
+    }
+
+    /// An address space that the session has a subscription in.
+    fn space(&self, address_space: AddressSpaceId) -> Option<Arc<AddressSpace>> {
+        let state = self.state.lock();
+        state.subscriptions.values().map(|held| &held.space).find(|space| space.id == address_space).cloned()
     }
 
     fn tell_phase(&self, from: Phase, to: Phase) {
@@ -247,7 +318,8 @@ impl SessionHandle {
 
     /// Whether a device that asks much and reads little must wait.
     fn has_room(&self) -> bool {
-        self.state.lock().answers.len() < MOST_ANSWERS
+        let state = self.state.lock();
+        state.answers.len() + state.farewells.len() < MOST_ANSWERS
     }
 }
 

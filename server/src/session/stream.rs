@@ -7,8 +7,8 @@
 //!    event's notice; and an event that overlaps it and started earlier has ended, so the device has
 //!    acked its notice already.
 //! 2. Then the notices, as many as the window allows, in one frame.
-//! 3. An answer to Unsubscribe goes when no notice is pending: nothing that belongs to the
-//!    subscription comes after it (UnsubscribeBarrier).
+//! 3. An answer to Unsubscribe goes when the notices that were pending before it are out: nothing that
+//!    belongs to the subscription comes after it (UnsubscribeBarrier), and it waits for nothing else.
 //!
 //! When the device does not read, HTTP/2's flow control stops this from being polled; then notices
 //! merge in the outbox, and the busier the stream, the more one frame says.
@@ -17,6 +17,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
+use shootdown_core::NoticeNumber;
+use shootdown_core::outbox::Outbox;
 use shootdown_proto::error::status;
 use shootdown_proto::message::{HostSays, SessionError};
 use shootdown_proto::v1;
@@ -25,6 +27,7 @@ use tonic::Status;
 
 use super::{SessionHandle, State};
 use crate::clock::Clock;
+use crate::completion::Token;
 
 /// Notices in one frame. At about 60 bytes each a full frame stays below one HTTP/2 frame of 16 KiB.
 const NOTICES_A_FRAME: usize = 256;
@@ -117,15 +120,37 @@ impl State {
         let outbox = self.session.outbox();
         let can_say = !self.answers.is_empty()
             || (self.session.phase().has_stream() && outbox.has_sendable())
-            || (!self.farewells.is_empty() && outbox.pending() == 0)
+            || self.farewell_is_due()
             || self.last_word.is_some()
             || self.closed;
         if can_say { self.stream.take() } else { None }
     }
 
+    /// Each notice takes at least one entry, the oldest, out of what is pending: when as many were sent as
+    /// were pending then, none of them is left. If they were merged it is sooner.
+    fn farewell_is_due(&self) -> bool {
+        let outbox = self.session.outbox();
+        self.farewells.front().is_some_and(|farewell| outbox.pending() == 0 || sent(outbox) >= farewell.after)
+    }
+
+    /// The place of a farewell: behind all that is pending.
+    pub(super) fn place_behind_pending(&self) -> u64 {
+        let outbox = self.session.outbox();
+        sent(outbox).saturating_add(outbox.pending() as u64)
+    }
+
     fn next_say(&mut self, clock: Clock) -> Option<HostSays> {
         if let Some(answer) = self.answers.pop_front() {
+            if matches!(answer, HostSays::Grant(_)) {
+                // Until here its bytes were kept for the device.
+                self.session.on_fault_done();
+            }
             return Some(answer);
+        }
+        if self.farewell_is_due()
+            && let Some(farewell) = self.farewells.pop_front()
+        {
+            return Some(farewell.says);
         }
         if self.session.outbox().has_sendable() {
             let notices = self.session.take_notices(NOTICES_A_FRAME, clock.now());
@@ -133,13 +158,12 @@ impl State {
                 return Some(HostSays::Notices(notices));
             }
         }
-        if self.session.outbox().pending() == 0
-            && let Some(farewell) = self.farewells.pop_front()
-        {
-            return Some(farewell);
-        }
         let last_word = self.last_word.take()?;
         self.closed = true;
         Some(HostSays::Error(last_word))
     }
+}
+
+fn sent(outbox: &Outbox<Token>) -> u64 {
+    outbox.last_sent().map_or(0, NoticeNumber::get)
 }

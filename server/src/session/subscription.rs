@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use shootdown_core::interest::Subscription;
-use shootdown_core::{AddrRange, AddressSpaceId, SubscriptionId};
+use shootdown_core::{AddrRange, AddressSpaceId, CauseSet, SubscriptionId};
 use shootdown_proto::error::Reason;
 use shootdown_proto::message::{HostSays, RequestId, Subscribe};
 
-use super::{Held, SessionHandle};
+use super::{Farewell, Held, SessionHandle};
 use crate::host::Host;
 use crate::status;
 
@@ -18,15 +18,15 @@ impl SessionHandle {
             return self.refuse_unknown(ask.address_space, ask.request);
         };
         let id = host.directory().next_subscription();
-        let ranges: Arc<[AddrRange]> = ask.ranges.as_slice().into();
         {
             let mut state = self.state.lock();
-            if let Err(quota) = state.session.try_subscribe(ranges.len()) {
+            if let Err(quota) = state.session.try_subscribe(ask.ranges.len()) {
                 drop(state);
                 return self.refuse(Reason::SubscriptionQuota, quota.to_string(), Some(ask.request));
             }
             // Known here before it is published: a release that finds it published can end it.
-            state.subscriptions.insert(id, Held { space: Arc::clone(&space), ranges });
+            let held = Held { space: Arc::clone(&space), ranges: ask.ranges.clone(), causes: ask.causes };
+            state.hold(id, held);
         }
         let published = space.subscribe(Subscription {
             id,
@@ -39,7 +39,9 @@ impl SessionHandle {
         match published {
             Ok(seq) => self.answer(HostSays::Subscribed { request: ask.request, subscription: id, seq }),
             Err(error) => {
-                self.forget(id);
+                if self.forget(id).is_some() {
+                    self.state.lock().session.on_unsubscribed();
+                }
                 self.refuse(status::notify_reason(&error), error.to_string(), Some(ask.request));
             }
         }
@@ -61,7 +63,7 @@ impl SessionHandle {
         host.tasks().spawn_on(
             async move {
                 held.space.subscribers.synchronize().await;
-                handle.farewell(HostSays::Unsubscribed { request, subscription: id });
+                handle.farewell(request, id);
             },
             &self.shard,
         );
@@ -69,7 +71,11 @@ impl SessionHandle {
 
     /// Withdraws every subscription of a session that is over.
     pub(super) fn withdraw_all(&self) {
-        let held: Vec<_> = self.state.lock().subscriptions.drain().collect();
+        let held: Vec<_> = {
+            let mut state = self.state.lock();
+            state.covered.clear();
+            state.subscriptions.drain().collect()
+        };
         for (id, held) in held {
             held.space.unsubscribe(id);
         }
@@ -79,25 +85,21 @@ impl SessionHandle {
     pub(crate) fn on_released(&self, address_space: AddressSpaceId) {
         let mut state = self.state.lock();
         let before = state.subscriptions.len();
+        state.covered.remove(&address_space);
         state.subscriptions.retain(|_, held| held.space.id != address_space);
         for _ in state.subscriptions.len()..before {
             state.session.on_unsubscribed();
         }
     }
 
-    /// Whether one subscription of the session covers all of `range`.
+    /// Whether one subscription that hears of every cause covers all of `range`.
     pub(super) fn is_subscribed(&self, address_space: AddressSpaceId, range: AddrRange) -> bool {
         self.state.lock().is_subscribed(address_space, range)
     }
 
     /// Pages were used.
     pub(super) fn young(&self, address_space: AddressSpaceId, ranges: &[AddrRange]) {
-        let space = {
-            let state = self.state.lock();
-            let of_space = state.subscriptions.values().find(|held| held.space.id == address_space);
-            of_space.map(|held| Arc::clone(&held.space))
-        };
-        match space {
+        match self.space(address_space) {
             Some(space) => {
                 let mut young = space.young.lock();
                 ranges.iter().for_each(|range| young.mark(*range));
@@ -115,18 +117,20 @@ impl SessionHandle {
         self.refuse(Reason::AddressSpaceUnknown, message, Some(request));
     }
 
+    /// From here on nothing of it is granted. It counts against the quota until its farewell.
     fn forget(&self, id: SubscriptionId) -> Option<Held> {
-        let mut state = self.state.lock();
-        let held = state.subscriptions.remove(&id)?;
-        state.session.on_unsubscribed();
-        Some(held)
+        self.state.lock().release(id)
     }
 
-    fn farewell(&self, says: HostSays) {
+    fn farewell(&self, request: RequestId, subscription: SubscriptionId) {
         let waker = {
             let mut state = self.state.lock();
-            state.farewells.push_back(says);
-            state.stream.take()
+            state.session.on_unsubscribed();
+            let after = state.place_behind_pending();
+            state
+                .farewells
+                .push_back(Farewell { says: HostSays::Unsubscribed { request, subscription }, after });
+            state.waker_if_it_can_say()
         };
         super::wake(waker);
     }
@@ -134,8 +138,33 @@ impl SessionHandle {
 
 impl super::State {
     pub(super) fn is_subscribed(&self, address_space: AddressSpaceId, range: AddrRange) -> bool {
-        self.subscriptions.values().any(|held| {
-            held.space.id == address_space && held.ranges.iter().any(|covered| covered.contains(range))
-        })
+        let covered = self.covered.get(&address_space);
+        covered.is_some_and(|map| map.overlapping(range).any(|(covered, _, ())| covered.contains(range)))
+    }
+
+    fn hold(&mut self, id: SubscriptionId, held: Held) {
+        self.ever_subscribed = true;
+        // A device that leaves causes out would not hear of pages that go for one of them: it may be told
+        // what it wants, and is granted nothing.
+        if held.causes == CauseSet::EVERY {
+            let map = self.covered.entry(held.space.id).or_default();
+            for range in &held.ranges {
+                map.set(*range, id, ());
+            }
+        }
+        self.subscriptions.insert(id, held);
+    }
+
+    fn release(&mut self, id: SubscriptionId) -> Option<Held> {
+        let held = self.subscriptions.remove(&id)?;
+        if let Some(map) = self.covered.get_mut(&held.space.id) {
+            for range in &held.ranges {
+                map.take(*range, &id);
+            }
+            if map.is_empty() {
+                self.covered.remove(&held.space.id);
+            }
+        }
+        Some(held)
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use shootdown_core::SessionId;
 use shootdown_core::session::Phase;
+use shootdown_proto::convert;
 use shootdown_proto::error::{Malformed, Reason};
 use shootdown_proto::message::{DeviceSays, HostSays, RequestId};
 use shootdown_proto::v1;
@@ -19,7 +20,8 @@ use crate::status;
 /// What a session's task waits for.
 enum Happening {
     Said(Box<DeviceSays>),
-    Malformed(Malformed),
+    /// With the request that it would have been, if it names one.
+    Malformed(Malformed, Option<RequestId>),
     /// The stream broke; the transport says how.
     Broken(Status),
     /// The device closed its half without a Leave, or somebody ended the session.
@@ -55,10 +57,13 @@ async fn next(
         // First: a session that was ended says nothing more that counts.
         () = severed => Happening::Closed,
         message = read(handle, inbound) => match message {
-            Ok(Some(wire)) => match DeviceSays::try_from(wire) {
-                Ok(says) => Happening::Said(Box::new(says)),
-                Err(malformed) => Happening::Malformed(malformed),
-            },
+            Ok(Some(wire)) => {
+                let request = convert::request_of(&wire);
+                match DeviceSays::try_from(wire) {
+                    Ok(says) => Happening::Said(Box::new(says)),
+                    Err(malformed) => Happening::Malformed(malformed, request),
+                }
+            }
             Ok(None) => Happening::Closed,
             Err(status) => Happening::Broken(status),
         },
@@ -79,7 +84,9 @@ async fn read(
 fn apply(host: &Host, handle: &Arc<SessionHandle>, happening: Happening) {
     match happening {
         Happening::Said(says) => said(host, handle, *says),
-        Happening::Malformed(malformed) => handle.refuse(malformed.reason(), malformed.to_string(), None),
+        Happening::Malformed(malformed, request) => {
+            handle.refuse(malformed.reason(), malformed.to_string(), request);
+        }
         Happening::Broken(status) if status::is_too_large(&status) => {
             handle.end(Reason::MessageTooLarge, status::too_large());
         }

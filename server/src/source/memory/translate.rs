@@ -14,6 +14,10 @@ use super::fault::{By, Touch};
 use super::frame::{FRAME_BYTES, FrameError};
 use crate::source::{FaultError, Notifier, Translate};
 
+/// Pages that a fault brings in before others have their turn: each may be zeroed, which is about a
+/// microsecond.
+const PAGES_A_TURN: usize = 16;
+
 impl<N: Notifier> Translate for MemorySource<N> {
     fn source(&self) -> &'static str {
         "memory"
@@ -33,7 +37,11 @@ impl<N: Notifier> Translate for MemorySource<N> {
             let space = self.space(address_space).map_err(in_fault(range.start()))?;
             space.check_mapped(range, access).map_err(in_fault(range.start()))?;
             let mut translations = Vec::new();
-            for page in range.pages(PageSize::BASE) {
+            for (index, page) in range.pages(PageSize::BASE).enumerate() {
+                if index % PAGES_A_TURN == PAGES_A_TURN - 1 {
+                    // A fault of many pages does not keep the acks of its shard waiting.
+                    tokio::task::yield_now().await;
+                }
                 translations.push(self.translate(&space, page, access).await.map_err(in_fault(page))?);
             }
             Ok(translations)

@@ -593,37 +593,62 @@ async fn an_unsubscriber_does_not_starve_under_other_events() {
     let (left, kept) = (agent.space(), agent.space());
     let mut device = agent.device("leaver").await;
     let leaving = device.subscribe(left, pages(1, 1)).await;
-    device.subscribe(kept, pages(0, 1000)).await;
-    // More is pending than the window lets out, and it stays so.
-    let mut rounds: Vec<_> = (0..8).map(|event| agent.round(kept, pages(2 * event, 1))).collect();
+    device.subscribe(kept, pages(0, 10_000)).await;
+    // One event more for each that is acked: more is always pending than the window lets out.
+    let mut more = (0..).map(|event| agent.round(kept, pages(2 * event, 1)));
+    let mut rounds: Vec<_> = more.by_ref().take(8).collect();
     until(|| agent.host().rounds_in_flight() == 8).await;
     device.ask(Ask::Unsubscribe(v1::Unsubscribe { request_id: 3, subscription_id: leaving })).await;
-    let mut event = 100;
-    let answered = soon(async {
-        loop {
-            match device.say().await {
-                Say::Unsubscribed(unsubscribed) => break unsubscribed.subscription_id,
-                Say::Notices(notices) => {
-                    rounds.push(agent.round(kept, pages(event, 1)));
-                    event += 2;
-                    until(|| agent.host().rounds_in_flight() == rounds.len()).await;
-                    device.ack(notices.notices[0].number).await;
-                    until(|| agent.host().rounds_in_flight() < rounds.len()).await;
-                    rounds.retain(|round| !round.is_finished());
-                    until(|| {
-                        rounds.iter().filter(|round| !round.is_finished()).count()
-                            == agent.host().rounds_in_flight()
-                    })
-                    .await;
-                    rounds.retain(|round| !round.is_finished());
-                }
-                other => panic!("{other:?}"),
+    for _ in 0..100 {
+        match device.say().await {
+            Say::Unsubscribed(unsubscribed) => {
+                assert_eq!(unsubscribed.subscription_id, leaving);
+                return;
             }
+            Say::Notices(notices) => {
+                rounds.extend(more.next());
+                until(|| agent.host().rounds_in_flight() == 9).await;
+                device.ack(notices.notices[0].number).await;
+                until(|| agent.host().rounds_in_flight() == 8).await;
+            }
+            other => panic!("{other:?}"),
         }
-    })
-    .await;
-    assert_eq!(answered, leaving);
-    rounds.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+    panic!("a hundred notices came before the answer");
+}
+
+/// Notices stand in an outbox in the order of their sequences, whoever sent them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn notices_come_in_the_order_of_their_sequences() {
+    const SOURCES: u64 = 4;
+    const EVENTS: u64 = 200;
+    let agent = Agent::start();
+    let space = agent.space();
+    let mut device = agent.device("gpu").await;
+    // Apart from each other, so that none are merged.
+    device.subscribe(space, pages(0, 2 * SOURCES)).await;
+    let sources: Vec<_> = (0..SOURCES)
+        .map(|page| {
+            let host = agent.host().clone();
+            tokio::spawn(async move {
+                for _ in 0..EVENTS {
+                    let round =
+                        host.invalidate_page(space, 2 * page * 4096, Cause::Clear, Wait::ForTargets).await;
+                    assert!(round.unwrap().is_quiesced());
+                }
+            })
+        })
+        .collect();
+    let mut last = 0;
+    while last < SOURCES * EVENTS {
+        let notice = device.notice().await;
+        assert!(notice.seq > last, "{notice:?} after {last}");
+        last = notice.seq;
+        device.ack(notice.number).await;
+    }
+    for source in sources {
+        soon(source).await.unwrap();
+    }
 }
 
 /// 7: a source that never ends its brackets is refused further ones.

@@ -124,7 +124,6 @@ pub(crate) struct Standing {
 impl SessionHandle {
     /// An event that this session is a target of, or, without a token, is told of. What comes of it is
     /// carried out by the caller, when it holds no lock any more.
-    #[must_use]
     pub(crate) fn on_event(&self, event: &Event, token: Option<Token>, now: Moment) -> After {
         self.input(now, |state, effects| state.session.on_event(event, token, now, effects)).1
     }

@@ -300,9 +300,9 @@ async fn device_that_reads_nothing(how_long: Duration) {
         let no_longer = Wait::AtMost(Duration::ZERO);
         // Every second page, so that no two ranges touch.
         let invalidation = Invalidation { wait: no_longer, ..unmap(space, pages(2 * event, 1)) };
-        let result = agent.host().invalidate_range_start(invalidation).await.unwrap();
+        let result = agent.host().invalidate_range_start(invalidation).await.expect("it is registered");
         assert_eq!(result.verdict, Verdict::NotQuiesced);
-        rounds.push(result.seq.unwrap());
+        rounds.push(result.seq.expect("it began"));
         if event % BATCH == 0 && !how_long.is_zero() {
             // Not a wait for something: that the device sleeps is what is tested.
             tokio::time::sleep(how_long / (EVENTS / BATCH) as u32).await;
@@ -328,7 +328,7 @@ async fn device_that_reads_nothing(how_long: Duration) {
     }
     assert!(all, "more ranges than it may keep became one notice for everything");
     for seq in rounds {
-        let result = agent.host().await_round(space, seq, Wait::ForTargets).await.unwrap();
+        let result = agent.host().await_round(space, seq, Wait::ForTargets).await.expect("it began");
         assert!(result.is_quiesced());
     }
 }

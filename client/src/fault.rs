@@ -14,7 +14,7 @@ use crate::mapping::Mapping;
 use crate::session::Session;
 use crate::session::end::NotLive;
 use crate::session::requests::{FaultRefused, Reply};
-use crate::ticket::CommitTicket;
+use crate::ticket::{CommitTicket, NotOpened};
 
 /// Asks for translations. A clone of what is in [`Device`](crate::Device), which does not keep the session
 /// alive: for the hardware model inside a [`DeviceTlb`](crate::DeviceTlb), which the session itself owns.
@@ -58,9 +58,11 @@ pub enum FaultError {
     /// The host agent refused; [`SessionError::reason`] says whether asking again can help.
     #[error("the host agent refused the fault")]
     Refused(#[source] SessionError),
-    /// The subscription of the range is being ended by this device.
-    #[error("the range's subscription is being ended")]
-    Unsubscribed,
+    /// No one subscription of this device covers the range: `subscribe` has not returned it yet, it is
+    /// being ended, or its address space was released. The host agent was not asked, or its grant was
+    /// not taken, because nobody would tell the device to give it up.
+    #[error("no subscription of this device covers the range")]
+    NotSubscribed,
     /// The page changed each time, before its translation could be installed. Ask again later.
     #[error("a notice overtook the grant {attempts} times")]
     Contended {
@@ -88,6 +90,7 @@ impl Faulter {
     /// grant and the installation it asks again, at most
     /// [`DeviceConfig::max_refaults`](crate::DeviceConfig::max_refaults) times.
     ///
+    /// One subscription that [`Device::subscribe`](crate::Device::subscribe) has returned must cover the range.
     /// The host agent holds a fault while an invalidation overlaps, so this may wait as long as a round.
     ///
     /// # Errors
@@ -180,8 +183,8 @@ impl Faulter {
         }
         let session = &self.session;
         session.live()?;
-        if session.holdings.lock().is_leaving(address_space, range) {
-            return Err(FaultError::Unsubscribed);
+        if !session.holdings.lock().is_covered(address_space, range) {
+            return Err(FaultError::NotSubscribed);
         }
         let permit = Arc::clone(&session.requests.fault_permits).acquire_owned().await;
         let permit = permit.map_err(|_| session.not_live())?;
@@ -192,7 +195,7 @@ impl Faulter {
         match asked.answer().await? {
             Ok(granted) => Ok(granted),
             Err(FaultRefused::Host(error)) => Err(FaultError::Refused(error)),
-            Err(FaultRefused::Unsubscribed) => Err(FaultError::Unsubscribed),
+            Err(FaultRefused::NotSubscribed) => Err(FaultError::NotSubscribed),
         }
     }
 }
@@ -206,12 +209,10 @@ pub(crate) struct Granted {
 }
 
 impl Granted {
-    /// `None`: the session is closed.
-    pub(crate) fn open(session: &Arc<Session>, grant: WireGrant) -> Option<Self> {
-        let WireGrant { address_space, translations, data, seq, .. } = grant;
-        let open = |translation| CommitTicket::open(session, address_space, translation);
-        let tickets = translations.into_iter().map(open).collect::<Option<Vec<_>>>()?;
-        Some(Self { tickets, data, seq })
+    pub(crate) fn open(session: &Arc<Session>, fault: &Fault, grant: WireGrant) -> Result<Self, NotOpened> {
+        let WireGrant { translations, data, seq, .. } = grant;
+        let tickets = CommitTicket::open(session, (fault.address_space, fault.range), &translations)?;
+        Ok(Self { tickets, data, seq })
     }
 }
 

@@ -197,8 +197,8 @@ impl fmt::Debug for Subscription {
     }
 }
 
-/// A subscription that the host agent has made and nobody has taken: dropped, it is ended again. Nothing
-/// was faulted in it, so there is nothing to flush.
+/// A subscription that the host agent has made and nobody has taken: dropped, it is ended again. No grant
+/// rests on it, because the SDK takes none that no claimed subscription covers, so there is nothing to flush.
 #[derive(Debug)]
 pub(crate) struct Unclaimed {
     session: Option<Arc<Session>>,

@@ -24,15 +24,39 @@ pub struct CommitTicket {
     ticket: Option<mapping::CommitTicket>,
 }
 
+/// Why no ticket was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NotOpened {
+    /// No subscription that the device has covers the range.
+    NotSubscribed,
+    /// The session is closed.
+    Closed,
+}
+
 impl CommitTicket {
-    /// `None`: the session is closed.
+    /// One for each translation of a range that a subscription covers. Looked up and opened under one
+    /// lock: the flush of an unsubscription comes either before, and nothing is opened, or after, and
+    /// spoils what was.
     pub(crate) fn open(
         session: &Arc<Session>,
-        address_space: AddressSpaceId,
-        translation: Translation,
-    ) -> Option<Self> {
-        let ticket = session.holdings.lock().mappings.on_grant(address_space, translation).ok()?;
-        Some(Self { session: Arc::clone(session), address_space, translation, ticket: Some(ticket) })
+        (address_space, range): (AddressSpaceId, AddrRange),
+        translations: &[Translation],
+    ) -> Result<Vec<Self>, NotOpened> {
+        let tickets = {
+            let mut holdings = session.holdings.lock();
+            if !holdings.is_covered(address_space, range) {
+                return Err(NotOpened::NotSubscribed);
+            }
+            let open = |translation: &Translation| holdings.mappings.on_grant(address_space, *translation);
+            translations.iter().map(open).collect::<Result<Vec<_>, _>>().map_err(|_| NotOpened::Closed)?
+        };
+        let ours = |(translation, ticket): (&Translation, _)| Self {
+            session: Arc::clone(session),
+            address_space,
+            translation: *translation,
+            ticket: Some(ticket),
+        };
+        Ok(translations.iter().zip(tickets).map(ours).collect())
     }
 
     /// Whose memory.

@@ -37,7 +37,7 @@ async fn wrapped(
     config: AcceleratorConfig,
 ) -> (Arc<Wrapped>, Device<Wrapped>, FakeSession) {
     let wrapped = Arc::new(Wrapped { accelerator: Accelerator::new(config), flushes: Semaphore::new(0) });
-    let (device, session) = host.connect(host.config(), &wrapped).await;
+    let (device, session) = host.subscribed(host.config(), &wrapped).await;
     wrapped.accelerator.attach(&device).unwrap();
     (wrapped, device, session)
 }

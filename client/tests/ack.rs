@@ -247,7 +247,7 @@ async fn a_flush_all_is_one_call_and_what_may_be_young_is_told_before_its_ack() 
 async fn clear_young_withdraws_nothing_and_reports_what_was_used() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let mapping = session.mapped(&device, 5).await;
     drop(mapping.begin_use().unwrap());
     session.notices([notice_of(1, NoticeKind::ClearYoung, pages(0, 64))]).await;

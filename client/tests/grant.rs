@@ -15,7 +15,7 @@ use shootdown_proto::message::{DeviceSays, HostSays, SessionError};
 async fn no_grant_in_window() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let (grant, ()) = tokio::join!(soon(device.fault_ticketed(space(), pages(1, 3), Access::Read)), async {
         let fault = session.fault().await;
         session.grant(&fault).await;
@@ -32,7 +32,7 @@ async fn no_grant_in_window() {
 async fn a_fault_whose_grant_was_overtaken_is_asked_again() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let (mapped, ()) = tokio::join!(soon(device.fault(space(), page(1), Access::Read)), async {
         let fault = session.fault().await;
         // One write to the device: the grant is applied and spoiled before the waiting fault runs.
@@ -58,7 +58,7 @@ async fn a_fault_gives_up_after_its_bound() {
     let tlb = TestTlb::new();
     let mut config = host.config();
     config.max_refaults = 2;
-    let (device, mut session) = host.connect(config, &tlb).await;
+    let (device, mut session) = host.subscribed(config, &tlb).await;
     let (mapped, ()) = tokio::join!(soon(device.fault(space(), page(1), Access::Read)), async {
         for _ in 0..3 {
             let request = Some(session.fault().await.request);
@@ -73,7 +73,7 @@ async fn a_fault_gives_up_after_its_bound() {
 async fn a_refusal_reaches_the_fault_that_it_is_for() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let (mapped, ()) = tokio::join!(soon(device.fault(space(), page(1), Access::Read)), async {
         let request = Some(session.fault().await.request);
         session
@@ -97,7 +97,7 @@ async fn a_grant_that_is_not_for_what_was_asked_ends_the_session() {
     for spoil in wrongs {
         let mut host = FakeHost::start();
         let tlb = TestTlb::new();
-        let (device, mut session) = host.connect(host.config(), &tlb).await;
+        let (device, mut session) = host.subscribed(host.config(), &tlb).await;
         let (mapped, _) = tokio::join!(soon(device.fault(space(), pages(1, 2), Access::Write)), async {
             let fault = session.fault().await;
             let mut grant = grant_of(&fault);
@@ -115,7 +115,7 @@ async fn a_grant_that_is_not_for_what_was_asked_ends_the_session() {
 async fn an_answer_of_the_wrong_kind_ends_the_session() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let (mapped, _) = tokio::join!(soon(device.fault(space(), page(1), Access::Write)), async {
         let request = session.fault().await.request;
         session.say(HostSays::Unsubscribed { request, subscription: SubscriptionId::FIRST }).await;
@@ -130,7 +130,7 @@ async fn an_answer_of_the_wrong_kind_ends_the_session() {
 async fn bytes_come_with_the_grant() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let (pages, ()) = tokio::join!(soon(device.fault_with_data(space(), pages(1, 2), Access::Read)), async {
         let fault = session.fault().await;
         session.grant(&fault).await;
@@ -143,7 +143,7 @@ async fn bytes_come_with_the_grant() {
 async fn a_use_that_is_open_delays_the_ack_and_none_begins_after_the_notice() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let mapping = session.mapped(&device, 1).await;
     let open = mapping.begin_use().unwrap();
     session.notices([notice(1, page(1)), notice(2, page(2))]).await;
@@ -162,7 +162,7 @@ async fn a_flush_that_waits_for_a_use_keeps_no_other_flush_waiting() {
     let tlb = TestTlb::new();
     let mut config = host.config();
     config.parallel_flushes = 1;
-    let (device, mut session) = host.connect(config, &tlb).await;
+    let (device, mut session) = host.subscribed(config, &tlb).await;
     let mapping = session.mapped(&device, 1).await;
     let open = mapping.begin_use().unwrap();
     session.notices([notice(1, page(1))]).await;
@@ -178,7 +178,7 @@ async fn a_fault_that_is_dropped_leaves_nothing_behind() {
     let tlb = TestTlb::new();
     let mut config = host.config();
     config.max_faults = 1;
-    let (device, mut session) = host.connect(config, &tlb).await;
+    let (device, mut session) = host.subscribed(config, &tlb).await;
     // Dropped before it was sent: the transport has not run since.
     {
         let mut faulting = Box::pin(device.fault(space(), page(9), Access::Read));
@@ -220,7 +220,7 @@ async fn a_fault_that_is_dropped_leaves_nothing_behind() {
 async fn a_replacement_that_a_later_notice_overtakes_is_not_committed() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (_device, mut session) = host.connect(host.config(), &tlb).await;
+    let (_device, mut session) = host.subscribed(host.config(), &tlb).await;
     let replacement = |number| {
         let translation = Translation { range: page(number), frame: FrameNumber(70), access: Access::Read };
         notice_of(number, NoticeKind::ChangePte(translation), page(number))
@@ -239,7 +239,7 @@ async fn a_replacement_that_a_later_notice_overtakes_is_not_committed() {
 async fn release_withdraws_the_whole_address_space() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let mapping = session.mapped(&device, 1).await;
     tlb.calls().await;
     // Its range may be anything: the whole space goes.
@@ -253,7 +253,7 @@ async fn release_withdraws_the_whole_address_space() {
 async fn the_end_of_a_bracket_flushes_nothing() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let mapping = session.mapped(&device, 1).await;
     tlb.calls().await;
     session.notices([notice_of(1, NoticeKind::RangeEnd, page(1))]).await;

@@ -5,19 +5,20 @@ mod host;
 use std::sync::Arc;
 use std::time::Duration;
 
-use host::{Call, FakeHost, TestTlb, notice, number, page, pages, soon, space};
+use host::{Call, FakeHost, TestTlb, notice, notice_of, number, page, pages, soon, space};
 use parking_lot::Mutex;
 use shootdown_client::{
     Access, Clock, CommitError, Counts, EndCause, FaultError, FlushAllCause, FrameNumber, Moment,
-    SubscriptionId, UseRefused,
+    SubscriptionId, Translation, UseRefused,
 };
+use shootdown_core::NoticeKind;
 use shootdown_proto::message::{DeviceSays, HostSays};
 
 #[tokio::test]
 async fn uses_are_refused_when_the_session_is_lost() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let mapping = session.mapped(&device, 1).await;
     drop(mapping.begin_use().unwrap());
     let (grant, ()) = tokio::join!(soon(device.fault_ticketed(space(), pages(2, 2), Access::Read)), async {
@@ -43,7 +44,7 @@ async fn uses_are_refused_when_the_session_is_lost() {
 async fn a_session_is_lost_when_its_host_is_killed() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, session) = host.connect(host.config(), &tlb).await;
+    let (device, session) = host.subscribed(host.config(), &tlb).await;
     let faulting = soon(device.fault(space(), page(1), Access::Read));
     let (faulted, ()) = tokio::join!(faulting, async {
         host.kill();
@@ -57,7 +58,7 @@ async fn a_session_is_lost_when_its_host_is_killed() {
 async fn lost_waits_for_the_uses_that_are_open() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let open = session.mapped(&device, 1).await.begin_use().unwrap();
     drop(session);
     tlb.wait_for_flush_all(FlushAllCause::Lost).await;
@@ -85,6 +86,7 @@ async fn uses_are_refused_from_the_moment_at_which_the_lease_runs_out() {
     (config.lease_drift_ppm, config.lease_margin) = (0, Duration::from_millis(100));
     let (device, mut session) =
         host.connect_with(config, &tlb, |welcome| welcome.lease = Duration::from_millis(1000)).await;
+    let _subscription = session.subscribe(&device, page(1)).await;
     let mapping = session.mapped(&device, 1).await;
     let hello_sent = Moment::from_nanos(1_000_000_000);
     *now.lock() = hello_sent + Duration::from_nanos(899_999_999);
@@ -133,7 +135,7 @@ async fn a_lease_counts_from_when_the_heartbeat_was_sent() {
 async fn leaving_flushes_everything_before_it_says_so() {
     let mut host = FakeHost::start();
     let tlb = TestTlb::new();
-    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let (device, mut session) = host.subscribed(host.config(), &tlb).await;
     let mapping = session.mapped(&device, 1).await;
     let open = mapping.begin_use().unwrap();
     let held = tlb.hold_flush_all();
@@ -214,8 +216,11 @@ async fn unsubscribe_barrier() {
     );
     assert_eq!(mapping.begin_use().unwrap_err(), UseRefused::Revoked);
     session.grant(&fault).await;
-    assert!(matches!(soon(faulting).await, Err(FaultError::Unsubscribed)), "nobody would be told of its end");
-    assert!(matches!(device.fault(space(), page(3), Access::Read).await, Err(FaultError::Unsubscribed)));
+    assert!(
+        matches!(soon(faulting).await, Err(FaultError::NotSubscribed)),
+        "nobody would be told of its end"
+    );
+    assert!(matches!(device.fault(space(), page(3), Access::Read).await, Err(FaultError::NotSubscribed)));
     // The host agent hears of it when the use has ended, not before: the ack of another notice comes first.
     session.notices([notice(1, page(900))]).await;
     assert_eq!(session.ack().await.through, Some(number(1)));
@@ -255,4 +260,58 @@ async fn a_subscription_that_nobody_waits_for_is_ended_again() {
         matches!(ended, DeviceSays::Unsubscribe { subscription: it, .. } if it == subscription),
         "{ended:?}"
     );
+}
+
+/// The host agent counts a subscription as cover as soon as it is made; the device may not, until `subscribe`
+/// has returned it: ended again because nobody took it, it takes no flush with it.
+#[tokio::test]
+async fn nothing_is_faulted_on_a_subscription_that_nobody_has_taken() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let faulted = device.fault(space(), page(1), Access::Read).await;
+    assert!(matches!(faulted, Err(FaultError::NotSubscribed)), "{faulted:?}");
+
+    let ranges = [page(1)];
+    let mut subscribing = Box::pin(device.subscribe(space(), &ranges, Default::default()));
+    let asked = tokio::select! {
+        biased;
+        _ = &mut subscribing => panic!("nobody answered it"),
+        asked = session.hear() => asked,
+    };
+    let DeviceSays::Subscribe(subscribe) = asked else { panic!("{asked:?}") };
+    let (request, subscription) = (subscribe.request, SubscriptionId::FIRST);
+    session.say(HostSays::Subscribed { request, subscription, seq: None }).await;
+    // The answer is here, and whoever asked has not looked at it.
+    session.notices([notice(1, page(900))]).await;
+    session.ack().await;
+    let faulted = soon(device.fault(space(), page(1), Access::Read)).await;
+    assert!(matches!(faulted, Err(FaultError::NotSubscribed)), "{faulted:?}");
+    drop(subscribing);
+    assert!(matches!(session.hear().await, DeviceSays::Unsubscribe { .. }));
+    assert_eq!(device.counts().mappings, 0, "nothing outlives it");
+}
+
+/// As above, with the replacement of a CHANGE_PTE in the place of a grant, and a subscription that is ended.
+#[tokio::test]
+async fn no_replacement_is_taken_that_no_subscription_covers() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (device, mut session) = host.connect(host.config(), &tlb).await;
+    let subscription = session.subscribe(&device, page(1)).await;
+    let translation = Translation { range: page(1), frame: FrameNumber(70), access: Access::Read };
+    let replacement = |number| notice_of(number, NoticeKind::ChangePte(translation), page(1));
+    tlb.calls().await;
+    session.notices([replacement(1)]).await;
+    session.ack().await;
+    assert!(matches!(tlb.calls().await[..], [Call::ChangePte(_)]));
+    let mut leaving = Box::pin(subscription.unsubscribe());
+    assert!(futures_util::poll!(&mut leaving).is_pending());
+    tlb.calls().await;
+    session.notices([replacement(2)]).await;
+    let mut words = Vec::new();
+    while !words.iter().any(|says| matches!(says, DeviceSays::Ack { .. })) {
+        words.push(session.hear().await);
+    }
+    assert!(matches!(tlb.calls().await[..], [Call::Invalidate(_)]), "it may only drop what it has");
 }

@@ -6,7 +6,13 @@
 //! *echo*: a raw tonic bidirectional stream that carries one small message there and one back; server and
 //! client are on a thread each, with a current-thread runtime each, as host agent and device are.
 //!
-//! The two take turns in blocks, so that what the machine does meanwhile meets both. Run it with
+//! *would_block*: a notifier call that may not wait, over a range that the device has subscribed: the host
+//! agent looks for targets, finds one, and answers WOULD_BLOCK. Nothing is sent.
+//!
+//! They take turns in blocks, so that what the machine does meanwhile meets both; and each is measured
+//! with its two threads in the same places, because a wake-up across cores that sleep costs more than all
+//! of gRPC, and the kernel moves the two kinds apart as it likes: both ends on one core, one end on each of
+//! two cores, and wherever the kernel puts them. Run it with
 //! `cargo bench -p shootdown-loadgen --bench round`; `ROUNDS=50000` before it asks for more.
 
 #![allow(clippy::print_stdout, missing_docs, reason = "a program that prints its figures")]
@@ -18,14 +24,14 @@ use anyhow::Context as _;
 use hdrhistogram::Histogram;
 use shootdown_client::{
     AddrRange, AddressSpaceId, Cause, Clock, Device, DeviceConfig, DeviceId, DeviceTlb, Endpoint,
-    FlushAllCause, Flushed, Invalidation, SubscribeOptions,
+    FlushAllCause, Flushed, Invalidation, PageSize, SubscribeOptions,
 };
 use shootdown_proto::v1;
 use shootdown_proto::v1::device_service_client::DeviceServiceClient;
 use shootdown_proto::v1::device_service_server::{DeviceService, DeviceServiceServer};
 use shootdown_server::config::Settings;
 use shootdown_server::source::rpc::RpcSource;
-use shootdown_server::source::{Notifier as _, Wait};
+use shootdown_server::source::{Invalidation as Event, Notifier as _, Verdict, Wait};
 use shootdown_server::{Host, ListenAddr};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
@@ -63,18 +69,25 @@ fn main() -> anyhow::Result<()> {
         let mut line = EchoLine::open(&echo.handle, &peer.handle, echo_socket).await?;
         let shard = running.shards().next().context("a host agent has a shard")?.clone();
 
-        let (mut round, mut raw) = (histogram()?, histogram()?);
-        for block in 0..WARM_UP + rounds.div_ceil(BLOCK) {
-            let host = running.host().clone();
-            let took = shard.spawn(measure_rounds(host, space)).await?;
-            let (back, echoed) = echo.handle.spawn(line.measure()).await?;
-            line = back;
-            if block >= WARM_UP {
-                took.into_iter().for_each(|nanos| round.saturating_record(nanos));
-                echoed.into_iter().for_each(|nanos| raw.saturating_record(nanos));
+        for placement in Placement::EVERY.into_iter().filter(Placement::is_possible) {
+            pin(&shard, placement.host_side()).await?;
+            pin(&echo.handle, placement.host_side()).await?;
+            pin(&peer.handle, placement.device_side()).await?;
+            let (mut round, mut raw, mut would_block) = (histogram()?, histogram()?, histogram()?);
+            for block in 0..WARM_UP + rounds.div_ceil(BLOCK) {
+                let host = running.host().clone();
+                let took = shard.spawn(measure_rounds(host, space)).await?;
+                let (back, echoed) = echo.handle.spawn(line.measure()).await?;
+                line = back;
+                let refused = shard.spawn(measure_refusals(running.host().clone(), space)).await?;
+                if block >= WARM_UP {
+                    took.into_iter().for_each(|nanos| round.saturating_record(nanos));
+                    echoed.into_iter().for_each(|nanos| raw.saturating_record(nanos));
+                    refused.into_iter().for_each(|nanos| would_block.saturating_record(nanos));
+                }
             }
+            report(placement, &round, &raw, &would_block);
         }
-        report(&round, &raw);
         device.leave().await;
         anyhow::Ok(())
     })?;
@@ -84,22 +97,67 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Where the two ends run.
+#[derive(Debug, Clone, Copy)]
+enum Placement {
+    OneCore,
+    TwoCores,
+    Anywhere,
+}
+
+impl Placement {
+    const EVERY: [Self; 3] = [Self::OneCore, Self::TwoCores, Self::Anywhere];
+
+    fn is_possible(&self) -> bool {
+        !matches!(self, Self::TwoCores) || cores() > 1
+    }
+
+    fn host_side(self) -> Vec<usize> {
+        match self {
+            Self::OneCore | Self::TwoCores => vec![0],
+            Self::Anywhere => (0..cores()).collect(),
+        }
+    }
+
+    fn device_side(self) -> Vec<usize> {
+        match self {
+            Self::TwoCores => vec![1],
+            Self::OneCore | Self::Anywhere => self.host_side(),
+        }
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// Keeps the thread of a current-thread runtime on these cores.
+async fn pin(runtime: &Handle, cores: Vec<usize>) -> anyhow::Result<()> {
+    let pinned = runtime.spawn(async move {
+        let mut set = rustix::thread::CpuSet::new();
+        cores.into_iter().for_each(|core| set.set(core));
+        rustix::thread::sched_setaffinity(None, &set)
+    });
+    Ok(pinned.await??)
+}
+
 /// Of nanoseconds, up to ten seconds.
 fn histogram() -> Result<Histogram<u64>, hdrhistogram::CreationError> {
     Histogram::new_with_max(10_000_000_000, 3)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "latencies have far fewer than 53 bits")]
-fn report(round: &Histogram<u64>, raw: &Histogram<u64>) {
+fn report(placement: Placement, round: &Histogram<u64>, raw: &Histogram<u64>, would_block: &Histogram<u64>) {
     let micros = |nanos: u64| nanos as f64 / 1000.0;
-    println!("{:<8}{:>10}{:>10}{:>10}{:>10}{:>10}", "(us)", "count", "p50", "p90", "p99", "max");
-    for (name, histogram) in [("round", round), ("echo", raw)] {
+    println!("{placement:?}");
+    println!("{:<12}{:>10}{:>10}{:>10}{:>10}{:>10}", "(us)", "count", "p50", "p90", "p99", "max");
+    for (name, histogram) in [("round", round), ("echo", raw), ("would_block", would_block)] {
         let at = |quantile| micros(histogram.value_at_quantile(quantile));
         let (p50, p90, p99, max) = (at(0.5), at(0.9), at(0.99), micros(histogram.max()));
-        println!("{name:<8}{:>10}{p50:>10.1}{p90:>10.1}{p99:>10.1}{max:>10.1}", histogram.len());
+        println!("{name:<12}{:>10}{p50:>10.1}{p90:>10.1}{p99:>10.1}{max:>10.1}", histogram.len());
     }
     let p50 = |histogram: &Histogram<u64>| histogram.value_at_quantile(0.5) as f64;
-    println!("ratio of the medians: {:.2}", p50(round) / p50(raw));
+    println!("ratio of the medians of round and echo: {:.2}\n", p50(round) / p50(raw));
 }
 
 async fn measure_rounds(host: Host, space: AddressSpaceId) -> Vec<u64> {
@@ -112,6 +170,22 @@ async fn measure_rounds(host: Host, space: AddressSpaceId) -> Vec<u64> {
         took.push(clock.now().as_nanos() - began.as_nanos());
         let round = round.expect("the address space lives as long as the benchmark");
         assert!(round.is_quiesced() && round.targets.len() == 1, "one device has stopped");
+    }
+    took
+}
+
+async fn measure_refusals(host: Host, space: AddressSpaceId) -> Vec<u64> {
+    let clock = Clock::boottime();
+    let mut took = Vec::with_capacity(BLOCK);
+    for number in 0..BLOCK as u64 {
+        let range = AddrRange::page_of(0x10_0000 + number * 4096, PageSize::BASE);
+        let (cause, wait) = (Cause::Clear, Wait::NotAtAll);
+        let event = Event { address_space: space, range, cause, owner: None, wait };
+        let began = clock.now();
+        let round = host.invalidate_range_start(event).await;
+        took.push(clock.now().as_nanos() - began.as_nanos());
+        let round = round.expect("the address space lives as long as the benchmark");
+        assert!(round.verdict == Verdict::WouldBlock && round.seq.is_none(), "there is a target: {round:?}");
     }
     took
 }

@@ -156,11 +156,7 @@ pub fn translation(wire: v1::Translation) -> Result<Translation, Malformed> {
         let expected = "one page: its length a power of two, its start a multiple of that";
         return Err(Malformed::Value { field: "translation.range (bytes)", value: length, expected });
     }
-    Ok(Translation {
-        range,
-        frame: FrameNumber(wire.frame),
-        access: access(wire.access)?,
-    })
+    Ok(Translation { range, frame: FrameNumber(wire.frame), access: access(wire.access)? })
 }
 
 /// A translation for the wire.

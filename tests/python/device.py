@@ -72,7 +72,9 @@ class Device:
     def unsubscribe(self, subscription):
         # Flushed before it is asked: from the answer on, nothing that happens to the range is told.
         with self._using:
-            self._drop(*self.subscriptions.pop(subscription))
+            area = self.subscriptions.pop(subscription)
+            self._drop(*area)
+        self._say_young([area])
         self._ask("unsubscribe", self.pb.Unsubscribe(subscription_id=subscription))
 
     def fault(self, address_space, start, end, access):
@@ -96,6 +98,7 @@ class Device:
     def leave(self):
         with self._using:
             self.tlb.clear()
+        self._say_young(self.subscriptions.values())
         self._send(leave=self.pb.Leave())
         self._to_send.put(None)
         self._reader.join(10)
@@ -112,10 +115,10 @@ class Device:
         elif kind == "lease_renewed":
             asked, _ = self._answered(said.lease_renewed.request_id)
             self._on_lease(asked, said.lease_renewed.lease_ms)
-        elif kind == "error" and said.error.request_id == 0:
-            raise SessionLost(said.error.message)  # it said what it should not have: a bug in here
+        elif kind == "error" and said.error.fatal:
+            raise SessionLost(said.error.message)
         elif kind in ("subscribed", "unsubscribed", "error"):
-            self._answer(getattr(said, kind))
+            self._answer(getattr(said, kind))  # an error that names no request is nobody's answer
         elif kind != "drain":
             raise SessionLost("a message that this device does not know may be one that it must act on")
 
@@ -133,20 +136,27 @@ class Device:
             raise SessionLost(f"notice {notice.number} after {self.last_notice}")
         self.last_notice = notice.number
         ack = self.pb.Ack(session_id=self.welcome.session_id, through=notice.number)
-        if notice.kind in (self.pb.NOTICE_KIND_CLEAR_YOUNG, self.pb.NOTICE_KIND_CLEAR_FLUSH_YOUNG):
-            # It does not count its accesses, so it says too much and never too little.
-            ack.reports.add(notice=notice.number, young=[notice.range])
         if notice.kind not in (self.pb.NOTICE_KIND_CLEAR_YOUNG, self.pb.NOTICE_KIND_RANGE_END):
             # A kind that it does not know is an invalidation like the others.
             with self._using:  # had when no access is going on
                 self._flush(notice)
+        # It does not count its accesses, so it says too much and never too little. It writes nothing.
+        if notice.address_space_id == 0:  # FlushAll: a report would not say of which address space
+            self._say_young(self.subscriptions.values())
+        elif notice.kind not in (self.pb.NOTICE_KIND_RANGE_END, self.pb.NOTICE_KIND_RELEASE):
+            ack.reports.add(notice=notice.number, young=[notice.range])
         self.before_ack(notice)
         self._send(ack=ack)
 
     def _flush(self, notice):
         if notice.address_space_id == 0:  # FlushAll
             self.tlb.clear()
-        elif notice.range.all or notice.kind == self.pb.NOTICE_KIND_RELEASE:
+        elif notice.kind == self.pb.NOTICE_KIND_RELEASE:  # its subscriptions end with it
+            self._drop(notice.address_space_id, 0, 0)
+            for subscription, (space, _, _) in list(self.subscriptions.items()):
+                if space == notice.address_space_id:
+                    self.subscriptions.pop(subscription, None)
+        elif notice.range.all:
             self._drop(notice.address_space_id, 0, 0)
         else:
             self._drop(notice.address_space_id, notice.range.start, notice.range.end)
@@ -155,6 +165,11 @@ class Device:
         for space, page in list(self.tlb):
             if space == address_space and start <= page and (page < end or end == 0):
                 del self.tlb[space, page]
+
+    def _say_young(self, areas):
+        for address_space, start, end in list(areas):
+            ranges = [self.pb.AddressRange(start=start, end=end)]
+            self._send(young=self.pb.Young(address_space_id=address_space, ranges=ranges))
 
     def _on_lease(self, asked, lease_ms):
         lease = lease_ms / 1000

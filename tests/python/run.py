@@ -32,12 +32,12 @@ DELAY = 0.3
 class Host:
     """A shootdownd of its own, and the stubs of a program beside it."""
 
-    def __init__(self, daemon, folder, lease="20s"):
+    def __init__(self, daemon, folder, lease="20s", more=()):
         folder.mkdir()
         self.folder = folder
         devices, sources = folder / "device.sock", folder / "source.sock"
         flags = [f"--listen=unix:{devices}", f"--source-listen=unix:{sources}"]
-        flags += ["--ack-timeout=10s", f"--lease={lease}", "--drain-timeout=1s"]
+        flags += ["--ack-timeout=10s", f"--lease={lease}", "--drain-timeout=1s", *more]
         self.process = subprocess.Popen([daemon, *flags])
         self.devices = connect(devices)
         self.bulk = connect(devices)  # bulk bytes never share a connection with a session
@@ -232,14 +232,67 @@ def a_device_whose_host_agent_falls_silent_fails_closed(host, threads):
         silent.stop()
 
 
-def a_device_that_says_what_it_must_not_ends_its_own_session(host, threads):
+def a_message_that_is_refused_leaves_the_session_alone(host, threads):
     device = host.device("python8")
+    space = mapped(host, 1)
+    device.subscribe(space, START, START + PAGE)
+    assert refused(lambda: device.fault(space, START + 1, START + PAGE, PB.ACCESS_READ)) == "RANGE_INVALID"
+    # Refused with no request that could be named: nobody waits for that answer.
+    device._send(young=PB.Young(address_space_id=space + 1000, ranges=[pages(0, 1)]))
+    assert len(device.fault(space, START, START + PAGE, PB.ACCESS_READ).translations) == 1
+    assert device.lost is None
+    device.leave()
+
+
+def whatever_a_device_may_have_used_is_young(host, threads):
+    """It does not count accesses, so that after each notice the whole range counts as used."""
+    device = host.device("python9")
+    space = host.notifier.RegisterAddressSpace(PB.RegisterAddressSpaceRequest(name="young")).address_space_id
+    subscription = device.subscribe(space, START, START + 2 * PAGE)
+    area = dict(address_space_id=space, range=pages(0, 1))
+
+    def is_young():
+        return host.notifier.TestYoung(PB.TestYoungRequest(**area)).young
+
+    assert not is_young()
+    start = PB.InvalidateRangeStartRequest(cause=PB.CAUSE_PROTECTION_VMA, **area)
+    result = host.notifier.InvalidateRangeStart(start, timeout=BOUND).result
+    host.notifier.InvalidateRangeEnd(PB.InvalidateRangeEndRequest(address_space_id=space, seq=result.seq))
+    assert is_young()
+    assert host.notifier.ClearFlushYoung(PB.ClearFlushYoungRequest(**area), timeout=BOUND).young
+    device.unsubscribe(subscription)
+    assert is_young()
+    device.leave()
+
+
+def a_flush_of_everything_is_told_as_young_of_everything(host, threads):
+    # One notice at a time, and one range behind it: more than that is a FlushAll.
+    narrow = Host(host.process.args[0], host.folder / "narrow", more=["--window=1", "--max-pending=1"])
     try:
-        device.fault(1, START + 1, START + PAGE, PB.ACCESS_READ)
-        raise AssertionError("a range that is not of whole pages was served")
-    except SessionLost:
-        pass
-    assert not device.tlb and device.lease_ends == 0
+        kinds, held = [], HeldAck()
+
+        def note(notice):
+            kinds.append(notice.address_space_id)
+            held(notice)
+
+        device = narrow.device("python10", note)
+        request = PB.RegisterAddressSpaceRequest(name="narrow")
+        space = narrow.notifier.RegisterAddressSpace(request).address_space_id
+        device.subscribe(space, START, START + 100 * PAGE)
+        for page in (0, 10, 20, 30):
+            start = dict(address_space_id=space, range=pages(page, page + 1), cause=PB.CAUSE_CLEAR)
+            start = PB.InvalidateRangeStartRequest(deadline_ms=0, **start)
+            result = narrow.notifier.InvalidateRangeStart(start).result
+            assert result.verdict == PB.VERDICT_NOT_QUIESCED
+        held.go.set()
+        wait = PB.AwaitRoundRequest(address_space_id=space, seq=result.seq)
+        assert narrow.notifier.AwaitRound(wait, timeout=BOUND).result.verdict == PB.VERDICT_QUIESCED
+        assert kinds == [space, 0], kinds
+        young = PB.TestYoungRequest(address_space_id=space, range=pages(90, 91))
+        assert narrow.notifier.TestYoung(young).young, "it was subscribed, so it may have been used"
+        device.leave()
+    finally:
+        narrow.stop()
 
 
 def only_answer(host, hello):
@@ -269,7 +322,9 @@ TESTS = (
     a_refusal_names_its_reason_and_the_session_goes_on,
     a_device_that_keeps_no_lease_gets_no_session,
     a_device_whose_host_agent_falls_silent_fails_closed,
-    a_device_that_says_what_it_must_not_ends_its_own_session,
+    a_message_that_is_refused_leaves_the_session_alone,
+    whatever_a_device_may_have_used_is_young,
+    a_flush_of_everything_is_told_as_young_of_everything,
 )
 
 

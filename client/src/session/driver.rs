@@ -14,6 +14,7 @@ use shootdown_proto::message::{Grant, HostSays, RequestId, SessionError};
 use shootdown_proto::v1;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet};
+use tokio_util::sync::WaitForCancellationFuture;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::connection::TransportError;
@@ -23,6 +24,7 @@ use crate::session::flush::{AnyTlb, Flush};
 use crate::session::requests::{FaultRefused, Reply, SubscribedAt};
 use crate::session::{Session, Tell, heartbeat};
 use crate::subscription::Unclaimed;
+use crate::ticket::NotOpened;
 use crate::tlb::FlushAllCause;
 
 /// How long the host agent may take to close the stream after Leave. It costs nothing but time: the
@@ -90,8 +92,11 @@ impl Driver {
         let guard = CloseOnDrop(Arc::clone(&self.session));
         let heartbeat =
             AbortOnDropHandle::new(tokio::spawn(heartbeat::keep_lease(Arc::clone(&self.session))));
+        let session = Arc::clone(&self.session);
+        // One for all turns: each new one would be listed with the token again.
+        let mut closing = std::pin::pin!(session.closing.cancelled());
         let line = loop {
-            let next = self.next().await;
+            let next = self.next(closing.as_mut()).await;
             let lost = matches!(next, Next::Said(Ok(None) | Err(_)));
             match self.apply(next) {
                 Ok(Goes::On) => {}
@@ -108,13 +113,13 @@ impl Driver {
         self.tell.ended.send_replace(Some(end));
     }
 
-    async fn next(&mut self) -> Next {
+    async fn next(&mut self, closing: Pin<&mut WaitForCancellationFuture<'_>>) -> Next {
         tokio::select! {
             // Closing goes first: what comes later must not be applied. Then flushes that ended, because
             // one that panicked must stop the session before another notice is acked. Both are bounded,
             // so the stream's turn comes.
             biased;
-            () = self.session.closing.cancelled() => Next::Closing,
+            () = closing => Next::Closing,
             Some(ended) = self.flushes.join_next() => Next::FlushEnded(ended),
             said = self.inbound.message() => Next::Said(said),
         }
@@ -222,15 +227,15 @@ impl Driver {
             EndCause::Violation(Violation::GrantMismatch { request, what })
         };
         fault::check(&fault, &grant).map_err(mismatch)?;
-        if self.session.holdings.lock().is_leaving(fault.address_space, fault.range) {
-            let _ = to.send(Err(FaultRefused::Unsubscribed));
-            return Ok(());
-        }
         // Here, in the order of the stream: a notice that comes after the grant finds its tickets.
-        if let Some(granted) = Granted::open(&self.session, grant) {
-            // Dropped unread they cancel themselves.
-            let _ = to.send(Ok(granted));
-        }
+        let answer = match Granted::open(&self.session, &fault, grant) {
+            Ok(granted) => Ok(granted),
+            Err(NotOpened::NotSubscribed) => Err(FaultRefused::NotSubscribed),
+            // Whoever waits learns it from the drop of the sender.
+            Err(NotOpened::Closed) => return Ok(()),
+        };
+        // Dropped unread, tickets cancel themselves.
+        let _ = to.send(answer);
         Ok(())
     }
 

@@ -91,9 +91,11 @@ impl Flush {
             | NoticeKind::Release => session.revoke(notice.scope),
         };
         let replacement = match (notice.kind, notice.scope) {
-            // Opened here, so that a later notice that overlaps spoils it.
+            // Opened here, so that a later notice that overlaps spoils it. Where the subscription is being
+            // ended, or nobody claimed it, there is no replacement: nobody would tell of its end.
             (NoticeKind::ChangePte(translation), Scope::Range(address_space, _)) => {
-                CommitTicket::open(session, address_space, translation)
+                let opened = CommitTicket::open(session, (address_space, translation.range), &[translation]);
+                opened.ok().and_then(|mut tickets| tickets.pop())
             }
             _ => None,
         };

@@ -10,6 +10,8 @@ use tokio::sync::oneshot;
 #[derive(Debug, Default)]
 pub(crate) struct Holdings {
     pub(crate) mappings: Mappings,
+    /// Those that `subscribe` has returned: one that nobody claims is ended again without a flush, so
+    /// nothing may rest on it.
     subscriptions: HashMap<SubscriptionId, Covered>,
     /// Their device flushes the range and then ends them: no grant is taken that nobody would be told of.
     leaving: HashMap<SubscriptionId, Covered>,
@@ -75,15 +77,13 @@ impl Holdings {
         self.leaving.retain(|_, covered| covered.address_space != address_space);
     }
 
-    /// Whether a grant of `range` would outlive the only subscription that it rests on.
-    pub(crate) fn is_leaving(&self, address_space: AddressSpaceId, range: AddrRange) -> bool {
-        let touches = |covered: &Covered| {
-            covered.address_space == address_space && covered.ranges.iter().any(|part| part.overlaps(range))
-        };
+    /// Whether a subscription that the device has, and has not begun to end, covers all of `range`.
+    /// Whatever the device holds elsewhere nobody would tell it to give up.
+    pub(crate) fn is_covered(&self, address_space: AddressSpaceId, range: AddrRange) -> bool {
         let covers = |covered: &Covered| {
             covered.address_space == address_space && covered.ranges.iter().any(|part| part.contains(range))
         };
-        self.leaving.values().any(touches) && !self.subscriptions.values().any(covers)
+        self.subscriptions.values().any(covers)
     }
 
     pub(crate) fn raw_commit(&mut self) {

@@ -52,8 +52,8 @@ pub(crate) enum Reply {
 #[derive(Debug)]
 pub(crate) enum FaultRefused {
     Host(SessionError),
-    /// The range's subscription ended meanwhile.
-    Unsubscribed,
+    /// No subscription that the device has covers the range any more.
+    NotSubscribed,
 }
 
 /// A new subscription, as the host agent tells of it.

@@ -152,6 +152,18 @@ impl FakeHost {
         self.connect_with(config, tlb, |_| {}).await
     }
 
+    /// A device with a session, and a subscription of all of [`space`] that lasts as long.
+    pub(crate) async fn subscribed<T: DeviceTlb>(
+        &mut self,
+        config: DeviceConfig,
+        tlb: &Arc<T>,
+    ) -> (Device<T>, FakeSession) {
+        let (device, mut session) = self.connect(config, tlb).await;
+        // Dropping it ends nothing.
+        drop(session.subscribe(&device, AddrRange::ALL).await);
+        (device, session)
+    }
+
     /// A device with a session whose Welcome the test changes.
     pub(crate) async fn connect_with<T: DeviceTlb>(
         &mut self,

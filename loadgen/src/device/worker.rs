@@ -6,8 +6,8 @@ use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
-use shootdown_client::AddressSpaceId;
 use shootdown_client::agent::{Accelerator, AccessError};
+use shootdown_client::{AddressSpaceId, FaultError};
 use tokio_util::sync::CancellationToken;
 
 use crate::check::floor::{FloorError, FloorFile, Record};
@@ -168,7 +168,8 @@ impl Bench {
     async fn refused(&self, error: &AccessError) {
         tracing::debug!(error = error as &dyn std::error::Error, "an access was refused");
         self.report.lock().refused += 1;
-        if !matches!(error, AccessError::Fault { .. }) {
+        // Only what the host agent refused has waited for an answer.
+        if !matches!(error, AccessError::Fault { source: FaultError::Refused(_), .. }) {
             tokio::time::sleep(BACKOFF).await;
         }
     }

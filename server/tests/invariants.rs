@@ -382,6 +382,17 @@ async fn bounded_resolution() {
     assert!(elapsed >= Duration::from_millis(200), "no earlier than its lease: {elapsed:?}");
     let (error, _) = dead.last_word().await;
     assert_eq!(error.reason(), Reason::SessionFenced);
+    // What was fenced reads nothing and writes nothing.
+    let channel = agent.channel("device.sock").await;
+    let mut frames = v1::page_service_client::PageServiceClient::new(channel);
+    let spans = vec![v1::FrameSpan { frame: 0, offset: 0, length: 1 }];
+    let (session_id, epoch) = (dead.session, dead.epoch);
+    let read = v1::ReadRequest { session_id, epoch, spans: spans.clone() };
+    let refused = Reason::of_status(&frames.read(read).await.unwrap_err()).unwrap();
+    assert!(matches!(refused, Reason::SessionFenced | Reason::SessionUnknown), "{refused:?}");
+    let write = v1::WriteRequest { session_id, epoch, spans, data: vec![1].into() };
+    let refused = Reason::of_status(&frames.write(write).await.unwrap_err()).unwrap();
+    assert!(matches!(refused, Reason::SessionFenced | Reason::SessionUnknown), "{refused:?}");
 }
 
 /// 14: a heartbeat does not help a device that owes an ack: its lease ends all the same.

@@ -167,3 +167,103 @@ impl State {
 fn sent(outbox: &Outbox<Token>) -> u64 {
     outbox.last_sent().map_or(0, NoticeNumber::get)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{HashMap, VecDeque};
+
+    use bytes::Bytes;
+    use shootdown_core::session::{Effects, Session, SessionConfig};
+    use shootdown_core::{
+        AddrRange, AddressSpaceId, Cause, DeviceId, Event, Method, Seq, SessionId, SubscriptionId,
+    };
+    use shootdown_proto::message::{Grant, RequestId};
+
+    use super::super::Farewell;
+    use super::*;
+
+    const CLOCK: Clock = Clock::BOOTTIME;
+
+    fn state() -> State {
+        let config = SessionConfig::default();
+        let mut session = Session::new(SessionId::FIRST, DeviceId::new("gpu").unwrap(), config, CLOCK.now());
+        session.try_fault().unwrap();
+        State {
+            session,
+            answers: VecDeque::new(),
+            farewells: VecDeque::new(),
+            last_word: None,
+            closed: false,
+            stream: None,
+            subscriptions: HashMap::new(),
+            covered: HashMap::new(),
+            ever_subscribed: true,
+        }
+    }
+
+    fn happens(state: &mut State, page: u64) {
+        let event = Event {
+            address_space: AddressSpaceId::FIRST,
+            seq: Seq::FIRST,
+            range: AddrRange::new(page << 12, (page + 1) << 12).unwrap(),
+            method: Method::Invalidate,
+            cause: Cause::Unmap,
+            owner: None,
+        };
+        state.session.on_event(&event, None, CLOCK.now(), &mut Effects::new());
+    }
+
+    fn said(state: &mut State) -> Option<&'static str> {
+        state.next_say(CLOCK).map(|says| match says {
+            HostSays::Grant(_) => "grant",
+            HostSays::Notices(_) => "notices",
+            HostSays::Unsubscribed { .. } => "unsubscribed",
+            HostSays::Error(_) => "error",
+            _ => "other",
+        })
+    }
+
+    /// Both wait: the grant was committed first, or the event's bracket would have held it.
+    #[test]
+    fn a_grant_goes_before_the_notice_that_takes_it_away() {
+        let mut state = state();
+        state.answers.push_back(HostSays::Grant(Grant {
+            request: RequestId::MIN,
+            address_space: AddressSpaceId::FIRST,
+            seq: None,
+            translations: vec![],
+            data: Bytes::new(),
+        }));
+        happens(&mut state, 1);
+        assert_eq!(said(&mut state), Some("grant"));
+        assert_eq!(state.session.faults_in_flight(), 0, "its bytes are with the transport");
+        assert_eq!(said(&mut state), Some("notices"));
+        assert_eq!(said(&mut state), None);
+    }
+
+    #[test]
+    fn an_answer_to_unsubscribe_goes_after_what_was_pending_and_before_what_came_later() {
+        let mut state = state();
+        happens(&mut state, 1);
+        let after = state.place_behind_pending();
+        let says = HostSays::Unsubscribed { request: RequestId::MIN, subscription: SubscriptionId::FIRST };
+        state.farewells.push_back(Farewell { says, after });
+        assert!(!state.farewell_is_due());
+        assert_eq!(said(&mut state), Some("notices"));
+        happens(&mut state, 3);
+        assert_eq!(said(&mut state), Some("unsubscribed"));
+        assert_eq!(said(&mut state), Some("notices"));
+    }
+
+    #[test]
+    fn the_last_word_is_the_last() {
+        let mut state = state();
+        happens(&mut state, 1);
+        state.last_word =
+            Some(SessionError::fatal(shootdown_proto::error::Reason::SessionEvicted, "evicted"));
+        assert_eq!(said(&mut state), Some("notices"));
+        assert_eq!(said(&mut state), Some("error"));
+        assert!(state.closed);
+        assert_eq!(said(&mut state), None);
+    }
+}

@@ -30,6 +30,7 @@ pub fn to_json(run: &Outcome) -> Value {
         "torn_reads": totals.torn,
         "flushes": totals.flushes,
         "paths": paths(run),
+        "quiet_paths": quiet_paths(run),
         "stages": stages(run),
         "seed": run.plan.seed,
         "seconds": run.seconds,
@@ -41,7 +42,8 @@ pub fn to_json(run: &Outcome) -> Value {
     })
 }
 
-/// Every path that did anything, chosen or needed by one that was.
+/// The paths that take something away from devices: what they did, and how many device reads of their
+/// pages were judged after it.
 fn paths(run: &Outcome) -> Value {
     let row = |path: &Path| {
         let tally = run.path(*path);
@@ -49,11 +51,17 @@ fn paths(run: &Outcome) -> Value {
             "operations": tally.operations,
             "rounds": tally.rounds,
             "notices": tally.notices,
-            "reads_after": run.reads_after(*path),
+            "reads": run.reads_after(*path),
         });
         (path.name().to_owned(), row)
     };
-    Value::Object(Path::EVERY.iter().map(row).collect::<Map<_, _>>())
+    Value::Object(Path::EVERY.iter().filter(|path| path.has_rounds()).map(row).collect::<Map<_, _>>())
+}
+
+/// The paths that take nothing away, so that devices need not be told: the operations of each.
+fn quiet_paths(run: &Outcome) -> Value {
+    let quiet = Path::EVERY.iter().filter(|path| !path.has_rounds());
+    Value::Object(quiet.map(|path| (path.name().to_owned(), json!(run.path(*path).operations))).collect())
 }
 
 fn stages(run: &Outcome) -> Value {
@@ -84,6 +92,7 @@ mod tests {
         assert_eq!(report["passed"], true);
         assert_eq!(report["break"], Value::Null);
         assert_eq!(report["paths"]["munmap"]["rounds"], 4);
-        assert_eq!(report["paths"].as_object().unwrap().len(), Path::EVERY.len());
+        let rows = |key: &str| report[key].as_object().unwrap().len();
+        assert_eq!(rows("paths") + rows("quiet_paths"), Path::EVERY.len());
     }
 }

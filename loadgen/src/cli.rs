@@ -127,7 +127,7 @@ pub struct RoundsArgs {
     #[arg(long, default_value_t = 1000.0, value_parser = rate, conflicts_with = "closed_loop")]
     pub rate: f64,
     /// One round after the other from each of so many callers, as fast as they go
-    #[arg(long, value_name = "CALLERS")]
+    #[arg(long, value_name = "CALLERS", value_parser = clap::value_parser!(u16).range(1..))]
     pub closed_loop: Option<u16>,
     /// How long is measured, in seconds
     #[arg(long, default_value_t = 10.0, value_parser = seconds)]

@@ -71,9 +71,12 @@ impl AddressSpace {
         let subscribers = self.subscribers.read();
         let targets = subscribers.targets(call.range, call.cause, call.method);
         if !targets.is_empty() && matches!(leave, Leave::NotToWait) {
+            drop(order);
             return Ok(Dispatched::WouldBlock(in_the_way(&targets)));
         }
-        if order.gate.open_brackets() >= self.most_brackets() {
+        // A release ends them all, so it is never refused for them.
+        if call.method != Method::Release && order.gate.open_brackets() >= self.most_brackets() {
+            drop(order);
             return Err(NotifyError::TooManyRounds { address_space: self.id, most: self.most_brackets() });
         }
         order.released |= call.method == Method::Release;

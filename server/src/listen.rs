@@ -71,7 +71,7 @@ impl ListenAddr {
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener, SocketFile),
+    Unix(SocketFile, UnixListener),
 }
 
 /// Who may do more than a device may.
@@ -97,7 +97,7 @@ impl Listener {
                     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
                 }
                 listener.set_nonblocking(true)?;
-                Ok(Self::Unix(listener, SocketFile::of(path)?))
+                Ok(Self::Unix(SocketFile::of(path)?, listener))
             }
         }
     }
@@ -106,7 +106,7 @@ impl Listener {
     pub(crate) fn address(&self) -> io::Result<ListenAddr> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(ListenAddr::Tcp),
-            Self::Unix(_, file) => Ok(ListenAddr::Unix(file.path.clone())),
+            Self::Unix(file, _) => Ok(ListenAddr::Unix(file.path.clone())),
         }
     }
 }
@@ -175,9 +175,10 @@ pub(crate) struct Peer {
 pub(crate) enum Acceptor {
     Tcp(tokio::net::TcpListener),
     Unix {
-        listener: tokio::net::UnixListener,
-        /// Removed with the listener.
+        /// Before the listener: gone by the time at which connections are refused, so that a successor
+        /// never mistakes it for one that was left behind.
         _file: SocketFile,
+        listener: tokio::net::UnixListener,
         leave: Leave,
     },
 }
@@ -187,8 +188,8 @@ impl Acceptor {
     pub(crate) fn new(listener: Listener, leave: Leave) -> io::Result<Self> {
         match listener {
             Listener::Tcp(listener) => tokio::net::TcpListener::from_std(listener).map(Self::Tcp),
-            Listener::Unix(listener, file) => tokio::net::UnixListener::from_std(listener)
-                .map(|listener| Self::Unix { listener, _file: file, leave }),
+            Listener::Unix(file, listener) => tokio::net::UnixListener::from_std(listener)
+                .map(|listener| Self::Unix { _file: file, listener, leave }),
         }
     }
 

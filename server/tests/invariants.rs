@@ -677,6 +677,9 @@ async fn brackets_that_nobody_ends_are_bounded() {
     agent.host().invalidate_range_end(space, seqs[0]).unwrap();
     let start = agent.host().invalidate_range_start(unmap(space, pages(9, 1))).await;
     assert!(start.unwrap().is_quiesced());
+    let refused = agent.host().invalidate_range_start(unmap(space, pages(9, 1))).await.unwrap_err();
+    assert!(matches!(refused, NotifyError::TooManyRounds { .. }));
+    assert!(agent.host().release(space).await.unwrap().is_quiesced(), "a release ends them all");
 }
 
 /// A device that connects and goes, over and over, does not use up the sessions there may be.

@@ -22,7 +22,10 @@
 //! the record again, and if it has not changed during the read, no zero page was there to be found. A
 //! device's own copy may have been made in that time, and no store in place withdraws it: the record allows
 //! zeros in copies until the next round that takes the page from devices and leaves its content (fork, copy
-//! on write). So a stale copy of zeros goes unseen until then; every other stale content does not.
+//! on write). So a stale copy of zeros goes unseen until then.
+//!
+//! The pages that devices write (one each) have stamps without a version: they are judged by writer, address
+//! and poison, so a stale copy of such a page that has the right writer goes unseen too.
 
 use std::fmt;
 

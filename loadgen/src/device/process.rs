@@ -6,7 +6,7 @@ use std::time::Duration;
 use shootdown_client::agent::{Accelerator, AcceleratorConfig, FlushTimeError};
 use shootdown_client::{
     AddrRange, AddressSpaceId, ConnectError, Device, DeviceConfig, DeviceId, DeviceIdError, Endpoint,
-    OwnerTag, SubscribeOptions, TransportError,
+    OwnerTag, Reason, SubscribeError, SubscribeOptions, TransportError,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -45,6 +45,9 @@ pub enum DeviceProcessError {
     /// No connection for pages.
     #[error("the device has no way to the host's pages")]
     Pages(#[from] TransportError),
+    /// The host agent refused a subscription, and not because the address space had ended.
+    #[error("the device could not subscribe")]
+    Subscribe(#[from] SubscribeError),
     /// The session ended by itself.
     #[error("the session was lost: {0}")]
     Lost(#[source] shootdown_client::EndCause),
@@ -171,9 +174,16 @@ async fn subscribe(
     let Some(id) = AddressSpaceId::new(address_space) else { return Ok(()) };
     match device.subscribe(id, &[AddrRange::ALL], SubscribeOptions::default()).await {
         Ok(_) => bench.lives.write()[slot] = Some(id),
-        Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "not subscribed"),
+        Err(SubscribeError::Refused(refused)) if has_ended(refused.reason) => {}
+        // The run is coming to its end; what ended the session is told elsewhere.
+        Err(SubscribeError::NotLive(_)) => {}
+        Err(error) => return Err(error.into()),
     }
     say(&FromAgent::Subscribed { address_space }).map_err(DeviceProcessError::Parent)
+}
+
+const fn has_ended(reason: Reason) -> bool {
+    matches!(reason, Reason::AddressSpaceUnknown | Reason::AddressSpaceReleased)
 }
 
 fn forget(bench: &Bench, slot: usize, address_space: u64) {

@@ -57,7 +57,9 @@ pub enum Failing {
     NoRounds(Path),
     /// No device read a page that a path had released.
     NoReads(Path),
-    /// A rule was broken and nothing was found.
+    /// A device read nothing, or nothing through a translation that it held: it would not have noticed.
+    SilentDevice(usize),
+    /// A rule was broken and no stale read was found.
     BreakNotFound,
 }
 
@@ -109,10 +111,15 @@ impl Outcome {
         }
         // A run that was broken on purpose has shown what it was to show, or has not.
         if self.plan.rule.is_some() {
-            if failings.is_empty() {
+            if stale_reads == 0 {
                 failings.push(Failing::BreakNotFound);
             }
             return failings;
+        }
+        for (index, device) in self.devices.iter().enumerate() {
+            if device.reads == 0 || device.tlb_hits == 0 {
+                failings.push(Failing::SilentDevice(index));
+            }
         }
         for path in &self.plan.paths {
             let tally = self.path(*path);
@@ -146,6 +153,9 @@ impl fmt::Display for Failing {
             Self::NoReads(path) => {
                 write!(f, "no device read what {path} had released: nothing is shown of it")
             }
+            Self::SilentDevice(index) => {
+                write!(f, "device {index} read nothing through a translation that it held: it shows nothing")
+            }
             Self::BreakNotFound => f.write_str("a rule was broken and the checker did not find it"),
         }
     }
@@ -159,7 +169,8 @@ pub(crate) mod tests {
     /// A run on which nothing is wrong.
     pub(crate) fn good() -> Outcome {
         let tally = PathTally { operations: 5, rounds: 4, notices: 3 };
-        let device = DeviceReport { reads: 80, reads_after: vec![10; 8], ..DeviceReport::default() };
+        let device =
+            DeviceReport { reads: 80, tlb_hits: 9, reads_after: vec![10; 8], ..DeviceReport::default() };
         Outcome {
             plan: Plan {
                 socket: "/tmp/s".into(),
@@ -209,6 +220,21 @@ pub(crate) mod tests {
             "a store in place has no rounds, and need not have"
         );
         assert!(!failings.iter().any(|failing| failing.is_stale()));
+    }
+
+    #[test]
+    fn a_device_that_read_nothing_through_its_tlb_fails_the_run() {
+        let mut run = good();
+        run.devices[0].tlb_hits = 0;
+        assert_eq!(run.failings(), [Failing::SilentDevice(0)]);
+    }
+
+    #[test]
+    fn a_break_that_only_a_write_has_shown_is_not_found() {
+        let mut run = good();
+        run.plan.rule = Some(Rule::FlushAfterAck);
+        run.host.stale_writes = 1;
+        assert!(run.failings().contains(&Failing::BreakNotFound));
     }
 
     #[test]

@@ -80,7 +80,14 @@ impl Link {
         let mut client = self.client.clone();
         let started = client.invalidate_range_start(invalidate).await;
         let result = started.map_err(refused("InvalidateRangeStart"))?.into_inner().result;
-        let seq = result.map_or(0, |result| result.seq);
+        let result = result.ok_or(RoundsError::Unmeasured)?;
+        let acked = v1::TargetOutcome::Acked;
+        let targets = result.targets.iter().filter(|target| target.outcome() == acked).count();
+        if result.verdict() != v1::Verdict::Quiesced || targets != self.devices.len() {
+            // It waited for fewer devices than it was to: its time says nothing.
+            return Err(RoundsError::Unmeasured);
+        }
+        let seq = result.seq;
         Ok(Bracket { client, address_space_id: self.address_space.get(), seq })
     }
 

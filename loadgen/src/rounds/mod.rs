@@ -22,6 +22,8 @@ use hdrhistogram::serialization::V2DeflateSerializeError;
 use hdrhistogram::serialization::interval_log::IntervalLogWriterError;
 use shootdown_client::{ConnectError, DeviceIdError, RangeError, SubscribeError};
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use crate::cli::{Output, RoundsArgs};
 
 pub use loops::Measured;
@@ -65,6 +67,15 @@ pub enum RoundsError {
     /// No thread.
     #[error("a thread could not be started")]
     Thread(#[source] io::Error),
+    /// A round did not wait for every device.
+    #[error("a round was answered before each of the devices had acked; a session was lost")]
+    Unmeasured,
+    /// SIGINT or SIGTERM.
+    #[error("stopped by a signal; nothing is reported")]
+    Interrupted,
+    /// No signal can be waited for.
+    #[error("signals cannot be waited for")]
+    Signals(#[source] io::Error),
     /// A task was stopped.
     #[error("a task of the generator ended by itself")]
     Task,
@@ -91,9 +102,18 @@ pub enum RoundsError {
 /// [`RoundsError`].
 pub async fn run(args: &RoundsArgs, out: &mut impl Write) -> Result<Measured, RoundsError> {
     let link = link::Link::open(args).await?;
-    let measured = match args.closed_loop {
-        Some(callers) => loops::closed(&link, args, callers).await,
-        None => loops::open(&link, args).await,
+    let mut terminate = signal(SignalKind::terminate()).map_err(RoundsError::Signals)?;
+    let measuring = async {
+        match args.closed_loop {
+            Some(callers) => loops::closed(&link, args, callers).await,
+            None => loops::open(&link, args).await,
+        }
+    };
+    let measured = tokio::select! {
+        // Not biased: whichever ends it. The address space is released in each case.
+        measured = measuring => measured,
+        _ = terminate.recv() => Err(RoundsError::Interrupted),
+        _ = tokio::signal::ctrl_c() => Err(RoundsError::Interrupted),
     };
     link.close().await;
     let measured = measured?;

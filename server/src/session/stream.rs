@@ -127,7 +127,9 @@ impl State {
     }
 
     /// Each notice takes at least one entry, the oldest, out of what is pending: when as many were sent as
-    /// were pending then, none of them is left. If they were merged it is sooner.
+    /// were pending then, none of them is left. If they were merged it is sooner. The one exception is a
+    /// hint: the end of a bracket that was merged with a later one goes at the place of the later, and is
+    /// the other subscription's then.
     fn farewell_is_due(&self) -> bool {
         let outbox = self.session.outbox();
         self.farewells.front().is_some_and(|farewell| outbox.pending() == 0 || sent(outbox) >= farewell.after)

@@ -2,6 +2,8 @@
 //!
 //!     cargo run -p shootdown-client --example smallest_device -- unix:/run/shootdown/device.sock 1 0x10000
 
+#![allow(clippy::print_stdout, reason = "it shows what it read")]
+
 use std::sync::Arc;
 
 use shootdown_client::{
@@ -44,7 +46,7 @@ async fn main() -> anyhow::Result<()> {
         let page_in_use = mapping.begin_use()?;
         let span = FrameSpan { frame: page_in_use.frame(), offset: 0, length: 16 };
         let bytes = device.pages()?.read(&[span]).await?;
-        tracing::info!(?bytes, "read");
+        println!("{address:#x}: {bytes:?}");
     }
 
     // Everything flushed, and the host told so.

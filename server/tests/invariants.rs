@@ -423,7 +423,7 @@ async fn a_device_that_only_sends_heartbeats_is_fenced_too() {
 #[tokio::test]
 async fn fence_is_positive() {
     let agent = Agent::start_with(|config| {
-        config.host.session.lease.duration = Duration::from_millis(400);
+        config.host.session.lease.duration = Duration::from_secs(3);
         config.host.session.lease.margin = Duration::from_millis(20);
     });
     let space = agent.space();
@@ -788,7 +788,7 @@ async fn a_device_that_leaves_resolves_its_rounds() {
 #[tokio::test]
 async fn an_older_session_of_a_device_never_blocks_the_newer() {
     let agent = Agent::start_with(|config| {
-        config.host.session.lease.duration = Duration::from_secs(2);
+        config.host.session.lease.duration = Duration::from_secs(5);
         config.host.session.lease.margin = Duration::from_millis(20);
     });
     let space = agent.space();
@@ -812,7 +812,7 @@ async fn an_older_session_of_a_device_never_blocks_the_newer() {
 #[tokio::test]
 async fn an_eviction_is_not_an_ack() {
     let agent = Agent::start_with(|config| {
-        config.host.session.lease.duration = Duration::from_millis(500);
+        config.host.session.lease.duration = Duration::from_secs(3);
         config.host.session.lease.margin = Duration::from_millis(20);
     });
     let space = agent.space();

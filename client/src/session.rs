@@ -20,6 +20,7 @@
 pub(crate) mod gate;
 pub(crate) mod requests;
 pub(crate) mod driver;
+pub(crate) mod vigil;
 pub(crate) mod holdings;
 pub(crate) mod flush;
 pub(crate) mod outgoing;

@@ -28,6 +28,7 @@ pub mod outbox;
 pub mod mapping;
 pub mod ack;
 pub mod lease;
+pub mod busy_poll;
 pub mod session;
 pub mod young;
 

@@ -13,7 +13,9 @@
 //! with its two threads in the same places, because a wake-up across cores that sleep costs more than all
 //! of gRPC, and the kernel moves the two kinds apart as it likes: both ends on one core, one end on each of
 //! two cores, and wherever the kernel puts them. Run it with
-//! `cargo bench -p shootdown-loadgen --bench round`; `ROUNDS=50000` before it asks for more.
+//! `cargo bench -p shootdown-loadgen --bench round`; `ROUNDS=50000` before it asks for more, and
+//! `BUSY_POLL=0s` lets both ends of a round sleep at once, as the echo's do, instead of polling for a moment
+//! first.
 
 #![allow(clippy::print_stdout, missing_docs, reason = "a program that prints its figures")]
 
@@ -29,7 +31,7 @@ use shootdown_client::{
 use shootdown_proto::v1;
 use shootdown_proto::v1::device_service_client::DeviceServiceClient;
 use shootdown_proto::v1::device_service_server::{DeviceService, DeviceServiceServer};
-use shootdown_server::config::Settings;
+use shootdown_server::config::{Settings, Span};
 use shootdown_server::source::rpc::RpcSource;
 use shootdown_server::source::{Invalidation as Event, Notifier as _, Verdict, Wait};
 use shootdown_server::{Host, ListenAddr};
@@ -54,9 +56,11 @@ fn main() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let (device_socket, echo_socket) = (dir.path().join("device"), dir.path().join("echo"));
 
+    let busy_poll: Option<Span> = std::env::var("BUSY_POLL").ok().map(|span| span.parse()).transpose()?;
     let settings = Settings {
         listen: vec![ListenAddr::Unix(device_socket.clone())],
         shards: Some(1),
+        busy_poll,
         ..Settings::default()
     };
     let running = shootdown_server::start(settings.resolve()?)?;
@@ -65,7 +69,7 @@ fn main() -> anyhow::Result<()> {
     let main = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     main.block_on(async {
         let space = running.host().register("bench", Arc::new(RpcSource))?;
-        let device = peer.handle.spawn(connect(device_socket, space)).await??;
+        let device = peer.handle.spawn(connect(device_socket, space, busy_poll)).await??;
         let mut line = EchoLine::open(&echo.handle, &peer.handle, echo_socket).await?;
         let shard = running.shards().next().context("a host agent has a shard")?.clone();
 
@@ -201,8 +205,15 @@ impl DeviceTlb for Idle {
     async fn flush_all(&self, _: FlushAllCause) {}
 }
 
-async fn connect(socket: std::path::PathBuf, space: AddressSpaceId) -> anyhow::Result<Device<Idle>> {
-    let config = DeviceConfig::new(DeviceId::new("bench")?, Endpoint::Unix(socket));
+async fn connect(
+    socket: std::path::PathBuf,
+    space: AddressSpaceId,
+    busy_poll: Option<Span>,
+) -> anyhow::Result<Device<Idle>> {
+    let mut config = DeviceConfig::new(DeviceId::new("bench")?, Endpoint::Unix(socket));
+    if let Some(Span(busy_poll)) = busy_poll {
+        config.busy_poll = busy_poll;
+    }
     let device = Device::connect(config, Arc::new(Idle)).await?;
     device.subscribe(space, &[AddrRange::ALL], SubscribeOptions::default()).await?;
     Ok(device)

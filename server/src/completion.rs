@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::directory::AddressSpace;
 use crate::source::{RoundResult, RoundTimes, Verdict, Wait};
+use crate::vigil::Vigil;
 
 /// A round while it waits. Its targets' outboxes hold it through their tokens; its task owns what
 /// must last until it is complete.
@@ -189,9 +190,9 @@ pub(crate) struct Owned {
 ///
 /// Dropped with its runtime, when the host agent is cut, it tells the waiters that there is nothing more to
 /// wait for: their verdict is NotQuiesced.
-pub(crate) async fn own(round: Arc<WaitingRound>, owned: Owned) {
+pub(crate) async fn own(round: Arc<WaitingRound>, owned: Owned, vigil: Arc<Vigil>) {
     let lost = round.lost.clone().drop_guard();
-    round.complete.notified().await;
+    vigil.wait(round.complete.notified()).await;
     lost.disarm();
     finish(&round, owned);
 }

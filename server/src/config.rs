@@ -30,6 +30,9 @@ const DEFAULT_ADDRESS_SPACES: usize = 4096;
 /// 64 MiB of frames for the memory source, taken from the kernel only when they are used.
 const DEFAULT_MEMORY_FRAMES: usize = 16_384;
 
+/// A round trip to a device on the same machine or in the same rack, and half of what KVM polls by default.
+const DEFAULT_BUSY_POLL: Duration = Duration::from_micros(100);
+
 /// How long devices have to finish and leave when the daemon stops.
 const DEFAULT_DRAIN: Duration = Duration::from_secs(10);
 
@@ -87,6 +90,9 @@ pub struct Settings {
     /// Threads for sessions, each with a runtime of its own [default: one a core]
     #[arg(long, env = "SHOOTDOWND_SHARDS")]
     pub shards: Option<usize>,
+    /// The longest that a shard polls before it sleeps while a round waits; 0s: not at all [default: 100us]
+    #[arg(long, env = "SHOOTDOWND_BUSY_POLL")]
+    pub busy_poll: Option<Span>,
     /// How long a device may use its translations after it last asked [default: 5s]
     #[arg(long, env = "SHOOTDOWND_LEASE")]
     pub lease: Option<Span>,
@@ -145,6 +151,8 @@ pub struct Config {
     pub allow_uids: Vec<u32>,
     /// Threads for sessions.
     pub shards: usize,
+    /// The longest that a shard polls before it sleeps while a round waits.
+    pub busy_poll: Duration,
     /// Frames of the memory source.
     pub memory_frames: usize,
     /// How long devices have to leave.
@@ -228,6 +236,7 @@ impl Settings {
             allow_uid: if self.allow_uid.is_empty() { file.allow_uid } else { self.allow_uid },
             insecure: self.insecure || file.insecure,
             shards: self.shards.or(file.shards),
+            busy_poll: self.busy_poll.or(file.busy_poll),
             lease: self.lease.or(file.lease),
             lease_drift_ppm: self.lease_drift_ppm.or(file.lease_drift_ppm),
             lease_margin: self.lease_margin.or(file.lease_margin),
@@ -267,6 +276,7 @@ impl Settings {
         Ok(Config {
             allow_uids: [0, own].into_iter().chain(self.allow_uid).collect(),
             shards: at_least_one("shards", self.shards.unwrap_or(cores))?,
+            busy_poll: self.busy_poll.map_or(DEFAULT_BUSY_POLL, |span| span.0),
             memory_frames: at_least_one(
                 "memory_frames",
                 self.memory_frames.unwrap_or(DEFAULT_MEMORY_FRAMES),

@@ -108,7 +108,9 @@ impl AddressSpace {
             None => completion::finish(&round, owned),
             // On the first target's shard: its ack then wakes the round without leaving the core.
             Some(first) => {
-                drop(tasks.spawn_on(completion::own(Arc::clone(&round), owned), &first.handle.shard));
+                let shard = &first.handle.shard;
+                let own = completion::own(Arc::clone(&round), owned, Arc::clone(&shard.vigil));
+                drop(tasks.spawn_on(own, &shard.runtime));
             }
         }
         Ok(Dispatched::Open(round))

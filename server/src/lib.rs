@@ -23,6 +23,7 @@ mod directory;
 mod dispatch;
 mod session;
 mod completion;
+mod vigil;
 mod host;
 mod service;
 mod status;

@@ -7,6 +7,7 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use tokio::runtime::Handle;
@@ -14,6 +15,15 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::listen::Accepted;
+use crate::vigil::Vigil;
+
+/// A shard, as its sessions know it.
+#[derive(Debug, Clone)]
+pub(crate) struct Shard {
+    pub(crate) index: usize,
+    pub(crate) runtime: Handle,
+    pub(crate) vigil: Arc<Vigil>,
+}
 
 /// Connections that were accepted and not taken over yet. When it is full the acceptor waits, and
 /// further ones wait in the kernel's queue.

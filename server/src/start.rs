@@ -29,6 +29,7 @@ use crate::service::notifier::Notifiers;
 use crate::service::page::Pages;
 use crate::shard::{self, Arrivals, Doors, Thread};
 use crate::source::memory::{FrameStore, MemoryConfig, MemorySource};
+use crate::vigil::Vigil;
 use crate::watchdog;
 
 /// What a device says is small and read at once. The window is fixed: an adaptive one starts so low
@@ -109,6 +110,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         admin_listen,
         allow_uids,
         shards: shard_count,
+        busy_poll,
         memory_frames,
         drain_timeout,
         host,
@@ -139,8 +141,9 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     let mut doors = Vec::with_capacity(shard_count);
     for index in 0..shard_count {
         let (door, arrivals) = shard::doors();
+        let vigil = Arc::new(Vigil::new(busy_poll, host.clock()));
         let services = Services {
-            devices: Devices { host: host.clone(), shard_index: index },
+            devices: Devices { host: host.clone(), shard_index: index, vigil },
             pages: Pages { host: host.clone(), frames: Arc::clone(&frames) },
             notifiers: Notifiers { host: host.clone() },
             memory: Memory { memory: memory.clone() },

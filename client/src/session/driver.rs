@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use shootdown_core::busy_poll::BusyPoll;
 use shootdown_core::{Moment, Notice, Scope};
 use shootdown_proto::message::{Grant, HostSays, RequestId, SessionError};
 use shootdown_proto::v1;
@@ -22,7 +23,7 @@ use crate::fault::{self, Granted};
 use crate::session::end::{AllFlushed, EndCause, SessionEnd, Violation};
 use crate::session::flush::{AnyTlb, Flush};
 use crate::session::requests::{FaultRefused, Reply, SubscribedAt};
-use crate::session::{Session, Tell, heartbeat};
+use crate::session::{Session, Tell, heartbeat, vigil};
 use crate::subscription::Unclaimed;
 use crate::ticket::NotOpened;
 use crate::tlb::FlushAllCause;
@@ -38,6 +39,7 @@ pub(crate) struct Driver {
     /// Flushes that were not ready at once; at most the window.
     flushes: JoinSet<()>,
     permits: Arc<Semaphore>,
+    busy_poll: BusyPoll,
     tell: Tell,
 }
 
@@ -83,7 +85,8 @@ impl Driver {
         tell: Tell,
     ) {
         let permits = Arc::new(Semaphore::new(session.config.parallel_flushes));
-        let driver = Self { session, tlb, inbound, flushes: JoinSet::new(), permits, tell };
+        let busy_poll = BusyPoll::new(session.config.busy_poll);
+        let driver = Self { session, tlb, inbound, flushes: JoinSet::new(), permits, busy_poll, tell };
         // Stopped by `Session::close`, awaited through `Session::ended`.
         tokio::spawn(driver.run());
     }
@@ -114,7 +117,9 @@ impl Driver {
     }
 
     async fn next(&mut self, closing: Pin<&mut WaitForCancellationFuture<'_>>) -> Next {
-        tokio::select! {
+        let began = self.session.clock().now();
+        let allowance = self.busy_poll.allowance();
+        let next = tokio::select! {
             // Closing goes first: what comes later must not be applied. Then flushes that ended, because
             // one that panicked must stop the session before another notice is acked. Both are bounded,
             // so the stream's turn comes.
@@ -122,7 +127,10 @@ impl Driver {
             () = closing => Next::Closing,
             Some(ended) = self.flushes.join_next() => Next::FlushEnded(ended),
             said = self.inbound.message() => Next::Said(said),
-        }
+            never = vigil::keep(self.session.clock(), began, allowance) => match never {},
+        };
+        self.busy_poll.on_waited(self.session.clock().now().since(began));
+        next
     }
 
     fn apply(&mut self, next: Next) -> Result<Goes, EndCause> {

@@ -191,7 +191,7 @@ fn wire_session(session: &SessionHandle, now: shootdown_core::Moment) -> v1::Ses
         notices_pending: standing.pending as u64,
         acked_through: standing.acked_through,
         faults_in_flight: standing.faults_in_flight as u64,
-        shard: u32::try_from(session.shard_index).unwrap_or(u32::MAX),
+        shard: u32::try_from(session.shard.index).unwrap_or(u32::MAX),
     }
 }
 

@@ -1,5 +1,6 @@
 //! `DeviceService`: a stream becomes a session.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use shootdown_proto::error::Reason;
@@ -11,7 +12,9 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::host::Host;
 use crate::session::stream::Outgoing;
 use crate::session::{handshake, task};
+use crate::shard::Shard;
 use crate::status;
+use crate::vigil::Vigil;
 
 /// How long a stream may stay silent before its Hello. It holds nothing but a connection.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -21,6 +24,7 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) struct Devices {
     pub(crate) host: Host,
     pub(crate) shard_index: usize,
+    pub(crate) vigil: Arc<Vigil>,
 }
 
 #[tonic::async_trait]
@@ -34,8 +38,12 @@ impl DeviceService for Devices {
         let mut inbound = request.into_inner();
         let opened = match hello(&mut inbound).await {
             Ok(hello) => {
-                let shard = tokio::runtime::Handle::current();
-                handshake::open(&self.host, &hello, shard, self.shard_index)
+                let shard = Shard {
+                    index: self.shard_index,
+                    runtime: tokio::runtime::Handle::current(),
+                    vigil: Arc::clone(&self.vigil),
+                };
+                handshake::open(&self.host, &hello, shard)
             }
             Err(refused) => Err(refused),
         };

@@ -80,7 +80,7 @@ pub(super) fn start(host: &Host, handle: &Arc<SessionHandle>, fault: Fault) {
                 Err(refused) => handle.refuse(refused.reason(), refused.to_string(), Some(fault.request)),
             }
         },
-        &handle.shard,
+        &handle.shard.runtime,
     );
 }
 

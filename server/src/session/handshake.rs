@@ -9,11 +9,11 @@ use shootdown_proto::error::Reason;
 use shootdown_proto::message::{
     DeviceSays, Hello, HostSays, PROTOCOL_VERSIONS, Resume, SessionError, Welcome,
 };
-use tokio::runtime::Handle;
 
 use super::{SessionHandle, State};
 use crate::clock::Clock;
 use crate::host::Host;
+use crate::shard::Shard;
 
 /// The first message must be Hello.
 pub(crate) fn expect_hello(says: DeviceSays) -> Result<Hello, SessionError> {
@@ -39,12 +39,7 @@ fn agree_on_version(hello: &Hello) -> Result<u32, SessionError> {
 }
 
 /// Opens a session for a device that said Hello. The Welcome is its first answer.
-pub(crate) fn open(
-    host: &Host,
-    hello: &Hello,
-    shard: Handle,
-    shard_index: usize,
-) -> Result<Arc<SessionHandle>, SessionError> {
+pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Arc<SessionHandle>, SessionError> {
     let version = agree_on_version(hello)?;
     if host.is_stopping() {
         return Err(SessionError::fatal(
@@ -79,7 +74,6 @@ pub(crate) fn open(
         epoch,
         change_pte: hello.change_pte,
         shard,
-        shard_index,
         state: State {
             session: Session::new(id, hello.device.clone(), config, clock.now()),
             answers: std::collections::VecDeque::new(),
@@ -111,7 +105,7 @@ pub(crate) fn open(
         page_size: PageSize::BASE,
         wants_timing,
     }));
-    tracing::info!(session = handle.id.get(), device = %handle.device, shard = shard_index, "session opened");
+    tracing::info!(session = handle.id.get(), device = %handle.device, shard = handle.shard.index, "session opened");
     Ok(handle)
 }
 

@@ -27,13 +27,13 @@ use shootdown_core::{
 };
 use shootdown_proto::error::Reason;
 use shootdown_proto::message::{HostSays, RequestId, SessionError};
-use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::completion::Token;
 use crate::directory::AddressSpace;
+use crate::shard::Shard;
 
 /// The most answers that wait to be sent. A device that asks and does not read is not read any more
 /// itself until it does: back-pressure that it alone feels.
@@ -50,9 +50,8 @@ pub(crate) struct SessionHandle {
     pub(crate) incarnation: Incarnation,
     pub(crate) epoch: Epoch,
     pub(crate) change_pte: bool,
-    /// The runtime that it lives on.
-    pub(crate) shard: Handle,
-    pub(crate) shard_index: usize,
+    /// Where it lives.
+    pub(crate) shard: Shard,
     state: Mutex<State>,
     /// Held for reading by each access to frames, for writing by nobody for longer than it takes to get
     /// it: see [`SessionHandle::access`].

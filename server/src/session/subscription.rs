@@ -65,7 +65,7 @@ impl SessionHandle {
                 held.space.subscribers.synchronize().await;
                 handle.farewell(request, id);
             },
-            &self.shard,
+            &self.shard.runtime,
         );
     }
 

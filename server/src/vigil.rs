@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use shootdown_core::Moment;
-use shootdown_core::busy_poll::BusyPoll;
+use shootdown_core::busy_poll::{self, BusyPoll};
 
 use crate::clock::Clock;
 
@@ -54,21 +54,26 @@ impl Vigil {
             return None;
         }
         state.is_kept = true;
-        Some(Turn { vigil: self, allowance: state.busy_poll.allowance() })
+        let polls = if state.busy_poll.allowance().is_zero() { 0 } else { MOST_POLLS };
+        Some(Turn { vigil: self, polls })
     }
 
-    /// Polls until the time is spent.
+    /// Polls until there is nothing more to be gained.
     async fn keep(&self, began: Moment, turn: Turn<'_>) -> Infallible {
-        for _ in 0..MOST_POLLS {
-            if self.clock.now().since(began) >= turn.allowance {
-                break;
-            }
+        let mut before = began;
+        for _ in 0..turn.polls {
             // The first lets the shard look at its sockets and the connection take what has come, the second
             // lets the session apply it.
             tokio::task::yield_now().await;
             tokio::task::yield_now().await;
             // To a device on the same core, if it has something to do.
             std::thread::yield_now();
+            let now = self.clock.now();
+            let (took, waited) = (now.since(before), now.since(began));
+            if self.state.lock().busy_poll.on_turn(took, waited) == busy_poll::Turn::Last {
+                break;
+            }
+            before = now;
         }
         drop(turn);
         std::future::pending().await
@@ -78,7 +83,7 @@ impl Vigil {
 /// Its round is the one that polls.
 struct Turn<'a> {
     vigil: &'a Vigil,
-    allowance: Duration,
+    polls: usize,
 }
 
 impl Drop for Turn<'_> {

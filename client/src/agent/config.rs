@@ -75,6 +75,10 @@ struct Settings {
     /// How long a flush takes: none, fixed:500us, exp:1ms or pareto:200us,1.5. Default: none.
     #[arg(long, env = "SHOOTDOWN_AGENT_FLUSH_TIME", global = true)]
     flush_time: Option<FlushTime>,
+    /// The longest that the session polls before it sleeps, while messages come that quickly; 0us: not at
+    /// all. Default: 100us.
+    #[arg(long, env = "SHOOTDOWN_AGENT_BUSY_POLL", global = true)]
+    busy_poll: Option<String>,
     /// How many of the workers' accesses are reads, 0 to 1. Default: 0.9.
     #[arg(long, env = "SHOOTDOWN_AGENT_READ_RATIO", global = true)]
     read_ratio: Option<f64>,
@@ -120,6 +124,8 @@ pub struct Config {
     pub workers: usize,
     /// The hardware.
     pub accelerator: AcceleratorConfig,
+    /// The longest that the session polls before it sleeps; `None`: the SDK's default.
+    pub busy_poll: Option<Duration>,
     /// How many of the workers' accesses are reads, 0 to 1.
     pub read_ratio: f64,
     /// How logs are written.
@@ -216,6 +222,7 @@ impl Settings {
             tlb_ways: self.tlb_ways.or(less.tlb_ways),
             cache_pages: self.cache_pages.or(less.cache_pages),
             flush_time: self.flush_time.or(less.flush_time),
+            busy_poll: self.busy_poll.or(less.busy_poll),
             read_ratio: self.read_ratio.or(less.read_ratio),
             log_format: self.log_format.or(less.log_format),
             drain_timeout: self.drain_timeout.or(less.drain_timeout),
@@ -257,9 +264,11 @@ impl Settings {
         if !(0.0..=1.0).contains(&read_ratio) {
             return Err(value("read-ratio", read_ratio.to_string(), "0 to 1"));
         }
-        let drain_timeout = self.drain_timeout.unwrap_or_else(|| "10s".to_owned());
-        let drain_timeout = duration(&drain_timeout)
-            .map_err(|_| value("drain-timeout", drain_timeout, "a number and ns, us, ms or s"))?;
+        let span = |setting, given: String| {
+            duration(&given).map_err(|_| value(setting, given, "a number and ns, us, ms or s"))
+        };
+        let drain_timeout = span("drain-timeout", self.drain_timeout.unwrap_or_else(|| "10s".to_owned()))?;
+        let busy_poll = self.busy_poll.map(|given| span("busy-poll", given)).transpose()?;
         Ok(Config {
             host_agent,
             device,
@@ -273,6 +282,7 @@ impl Settings {
                 flush_time: self.flush_time.unwrap_or_default(),
                 seed: hardware.seed,
             },
+            busy_poll,
             read_ratio,
             log_format: self.log_format.unwrap_or_default(),
             drain_timeout,

@@ -100,7 +100,10 @@ enum Stop {
 /// Dropped, the device leaves in the background.
 pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<Summary, AgentError> {
     let accelerator = Accelerator::new(config.accelerator);
-    let device_config = DeviceConfig::new(config.device.clone(), config.host_agent.clone());
+    let mut device_config = DeviceConfig::new(config.device.clone(), config.host_agent.clone());
+    if let Some(busy_poll) = config.busy_poll {
+        device_config.busy_poll = busy_poll;
+    }
     let device = Device::connect(device_config, Arc::clone(&accelerator)).await?;
     accelerator.attach(&device)?;
 

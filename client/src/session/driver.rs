@@ -118,7 +118,6 @@ impl Driver {
 
     async fn next(&mut self, closing: Pin<&mut WaitForCancellationFuture<'_>>) -> Next {
         let began = self.session.clock().now();
-        let allowance = self.busy_poll.allowance();
         let next = tokio::select! {
             // Closing goes first: what comes later must not be applied. Then flushes that ended, because
             // one that panicked must stop the session before another notice is acked. Both are bounded,
@@ -127,7 +126,7 @@ impl Driver {
             () = closing => Next::Closing,
             Some(ended) = self.flushes.join_next() => Next::FlushEnded(ended),
             said = self.inbound.message() => Next::Said(said),
-            never = vigil::keep(self.session.clock(), began, allowance) => match never {},
+            never = vigil::keep(self.session.clock(), began, &mut self.busy_poll) => match never {},
         };
         self.busy_poll.on_waited(self.session.clock().now().since(began));
         next

@@ -7,13 +7,14 @@
 
 mod tlb;
 mod cache;
+mod writeback;
 mod flush_time;
 mod accelerator;
 mod worker;
 mod config;
 mod start;
 
-pub use accelerator::{Accelerator, AcceleratorConfig, AccessCounts, AccessError, PageRead};
+pub use accelerator::{Accelerator, AcceleratorConfig, AccessCounts, AccessError, PageRead, WritePolicy};
 pub use config::{Command, Config, ConfigError, Flags, LogFormat, PageRange};
 pub use flush_time::{FlushTime, FlushTimeError};
 pub use start::{AgentError, Summary, run};

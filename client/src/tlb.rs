@@ -44,8 +44,8 @@ pub trait DeviceTlb: Send + Sync + 'static {
 
     /// Stop using everything of this session, of every address space.
     ///
-    /// Nothing is reported: the SDK tells the host agent that all of what was subscribed is young. What
-    /// the device wrote must be with the host before this returns, as for every flush.
+    /// Nothing is reported: the SDK tells the host agent that all of what was subscribed is young, and the host
+    /// agent takes it that the device wrote whatever a round waited for. What the device wrote must be with the host before this returns, as for every flush.
     fn flush_all(&self, cause: FlushAllCause) -> impl Future<Output = ()> + Send;
 
     /// `clear_flush_young`: stop using the range and say whether it was used.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use host::{FakeHost, FakeSession, notice, notice_of, number, numbers, page, pages, soon, space, until};
-use shootdown_client::agent::{Accelerator, AcceleratorConfig, AccessError, FlushTime};
+use shootdown_client::agent::{Accelerator, AcceleratorConfig, AccessError, FlushTime, WritePolicy};
 use shootdown_client::{Device, DeviceTlb, FlushAllCause, Flushed, Invalidation, UseRefused};
 use shootdown_core::NoticeKind;
 use shootdown_proto::message::DeviceSays;
@@ -78,7 +78,8 @@ async fn a_read_comes_from_the_host_once_and_then_from_the_cache_until_a_flush()
 #[tokio::test]
 async fn a_write_goes_through_and_its_page_is_reported_dirty() {
     let mut host = FakeHost::start();
-    let (device, _handle, mut session) = wrapped(&mut host, AcceleratorConfig::default()).await;
+    let through = AcceleratorConfig { write_policy: WritePolicy::Through, ..AcceleratorConfig::default() };
+    let (device, _handle, mut session) = wrapped(&mut host, through).await;
     let accelerator = &device.accelerator;
     granted(&mut session, accelerator.read(space(), 0x3000, 8)).await.unwrap();
     // The entry allows reads only: the write faults again.
@@ -177,7 +178,8 @@ async fn a_flush_takes_its_time() {
 #[tokio::test]
 async fn a_flush_waits_for_the_dmas_in_flight_also_for_those_that_nobody_waits_for() {
     let mut host = FakeHost::start();
-    let (device, _handle, mut session) = wrapped(&mut host, AcceleratorConfig::default()).await;
+    let through = AcceleratorConfig { write_policy: WritePolicy::Through, ..AcceleratorConfig::default() };
+    let (device, _handle, mut session) = wrapped(&mut host, through).await;
     let accelerator = &device.accelerator;
     device.flushes.add_permits(10);
     let held = Arc::clone(&host.frames.answers).write_owned().await;
@@ -233,6 +235,6 @@ async fn what_was_read_beside_a_flush_is_not_cached() {
     }
     drop(held);
     assert!(!soon(reading).await.unwrap().from_cache);
-    assert_eq!(accelerator.cached_pages(), 0);
     assert_eq!(session.ack().await.through, Some(number(1)));
+    assert_eq!(accelerator.cached_pages(), 0);
 }

@@ -64,7 +64,8 @@ pub struct Resolved<T> {
     /// The device used pages of the token's event since its last report. After a FlushAll it may be
     /// pages at the same addresses of another address space: too much, never too little.
     pub young: bool,
-    /// The same for pages that the device wrote.
+    /// The same for pages that the device wrote. A FlushAll's token is always dirty: no report would say of
+    /// which address space its ranges are, and no later notice tells what the flush wrote back.
     pub dirty: bool,
     /// When the device received and flushed it, if it said so.
     pub timing: Option<FlushTiming>,
@@ -332,7 +333,7 @@ fn resolve<T>(
         token,
         notice: number,
         young: young.overlaps(range),
-        dirty: dirty.overlaps(range),
+        dirty: sent.scope == Scope::FlushAll || dirty.overlaps(range),
         timing,
         sent: sent.at,
     }));

@@ -25,6 +25,9 @@ pub enum Resolution {
     Acked {
         /// The device used pages of the event since its last report.
         young: bool,
+        /// The device wrote pages of the event since its last report. It may say so of too many events, never
+        /// of too few.
+        dirty: bool,
         /// When the device received and flushed it, if it said so.
         timing: Option<FlushTiming>,
         /// When its notice was taken for the stream.
@@ -90,6 +93,9 @@ pub struct TargetReport {
     /// Whether the target counts as having used the range. In a round that asks for young bits it
     /// does until it acks that it has not (YoungIsConservative).
     pub young: bool,
+    /// Whether the target counts as having written the range. In a round that flushes it does until it
+    /// acks that it has not: dirty may be over-reported, never under-reported.
+    pub dirty: bool,
     /// From the opening of the round until its notice was taken for the stream.
     pub sent_after: Option<Duration>,
     /// When the device received and flushed it, on the device's clock.
@@ -116,7 +122,7 @@ impl Round {
     /// Opens a round. Without targets it is complete at once.
     #[must_use]
     pub fn new(event: Event, targets: impl IntoIterator<Item = (SessionId, DeviceId)>, now: Moment) -> Self {
-        let young = asks_young(event.method);
+        let (young, dirty) = (asks_young(event.method), asks_dirty(event.method));
         let reports: Vec<TargetReport> = targets
             .into_iter()
             .map(|(session, device)| TargetReport {
@@ -125,6 +131,7 @@ impl Round {
                 outcome: Outcome::Waiting,
                 elapsed: None,
                 young,
+                dirty,
                 sent_after: None,
                 timing: None,
                 resolved_at: None,
@@ -146,13 +153,14 @@ impl Round {
         report.elapsed = Some(now.since(self.opened));
         report.resolved_at = Some(now);
         match how {
-            Resolution::Acked { young, timing, sent } => {
+            Resolution::Acked { young, dirty, timing, sent } => {
                 report.outcome = Outcome::Acked;
                 report.young = young;
+                report.dirty = dirty;
                 report.timing = timing;
                 report.sent_after = sent.map(|sent| sent.since(self.opened));
             }
-            // Neither delivered its young bits, so `young` stays what it is while nothing is known.
+            // Neither delivered its bits, so `young` and `dirty` stay what they are while nothing is known.
             Resolution::Left => report.outcome = Outcome::Left,
             Resolution::Fenced => report.outcome = Outcome::Fenced,
         }
@@ -183,6 +191,14 @@ impl Round {
         self.reports.iter().any(|report| report.young)
     }
 
+    /// Whether any target wrote the range. In a round that flushes, which is any but `clear_young`, a target
+    /// that is waited for, left or was fenced without reporting counts as one that did: a page may then be
+    /// written back for nothing, and what a device wrote is never taken for clean.
+    #[must_use]
+    pub fn dirty(&self) -> bool {
+        self.reports.iter().any(|report| report.dirty)
+    }
+
     /// The event.
     #[must_use]
     pub fn event(&self) -> &Event {
@@ -211,6 +227,11 @@ impl Round {
 /// Whether the caller of this method wants to hear of young bits.
 const fn asks_young(method: Method) -> bool {
     matches!(method, Method::ClearYoung | Method::ClearFlushYoung)
+}
+
+/// Whether devices tell what they wrote: with every flush.
+const fn asks_dirty(method: Method) -> bool {
+    !matches!(method, Method::ClearYoung)
 }
 
 #[cfg(test)]

@@ -240,6 +240,7 @@ impl<T> Session<T> {
             token: resolved.token,
             how: Resolution::Acked {
                 young: resolved.young,
+                dirty: resolved.dirty,
                 timing: resolved.timing,
                 sent: Some(resolved.sent),
             },

@@ -168,6 +168,7 @@ impl WaitingRound {
             seq: Some(ledger.round.event().seq),
             targets: ledger.round.reports().to_vec(),
             young: ledger.round.young(),
+            dirty: ledger.round.dirty(),
             times: RoundTimes {
                 called: self.called,
                 dispatched: ledger.dispatched,

@@ -33,6 +33,9 @@ const DEFAULT_MEMORY_FRAMES: usize = 16_384;
 /// A round trip to a device on the same machine or in the same rack, and half of what KVM polls by default.
 const DEFAULT_BUSY_POLL: Duration = Duration::from_micros(100);
 
+/// Of the memory source.
+const FRAME_BYTES: usize = 4096;
+
 /// How long devices have to finish and leave when the daemon stops.
 const DEFAULT_DRAIN: Duration = Duration::from_secs(10);
 
@@ -129,6 +132,15 @@ pub struct Settings {
     /// Frames of 4 KiB of the memory source [default: 16384]
     #[arg(long, env = "SHOOTDOWND_MEMORY_FRAMES")]
     pub memory_frames: Option<usize>,
+    /// The most bytes of pages that the memory source keeps in frames; beyond it pages are swapped out [default: all frames]
+    #[arg(long, env = "SHOOTDOWND_MEMORY_LIMIT_BYTES")]
+    pub memory_limit_bytes: Option<usize>,
+    /// The file that the memory source swaps to, made or emptied at the start [default: none]
+    #[arg(long, env = "SHOOTDOWND_SWAP_FILE")]
+    pub swap_file: Option<PathBuf>,
+    /// The most bytes of it [default: four times the frames]
+    #[arg(long, env = "SHOOTDOWND_SWAP_BYTES")]
+    pub swap_bytes: Option<usize>,
     /// Ask devices when they received and flushed each notice
     #[arg(long, env = "SHOOTDOWND_STAGE_TIMING")]
     #[serde(default)]
@@ -155,6 +167,10 @@ pub struct Config {
     pub busy_poll: Duration,
     /// Frames of the memory source.
     pub memory_frames: usize,
+    /// The most of them that are used for pages.
+    pub memory_limit_frames: usize,
+    /// The memory source's swap file, and how many pages it may have.
+    pub swap: Option<(PathBuf, usize)>,
     /// How long devices have to leave.
     pub drain_timeout: Duration,
     /// The rules' limits.
@@ -249,6 +265,9 @@ impl Settings {
             max_address_spaces: self.max_address_spaces.or(file.max_address_spaces),
             max_rounds_in_flight: self.max_rounds_in_flight.or(file.max_rounds_in_flight),
             memory_frames: self.memory_frames.or(file.memory_frames),
+            memory_limit_bytes: self.memory_limit_bytes.or(file.memory_limit_bytes),
+            swap_file: self.swap_file.or(file.swap_file),
+            swap_bytes: self.swap_bytes.or(file.swap_bytes),
             stage_timing: self.stage_timing || file.stage_timing,
             drain_timeout: self.drain_timeout.or(file.drain_timeout),
         }
@@ -272,15 +291,25 @@ impl Settings {
         }
         let session = self.session()?;
         let own = rustix::process::geteuid().as_raw();
+        let memory_frames =
+            at_least_one("memory_frames", self.memory_frames.unwrap_or(DEFAULT_MEMORY_FRAMES))?;
+        let frames_of = |setting, bytes: Option<usize>, default| match bytes {
+            Some(bytes) => at_least_one(setting, bytes / FRAME_BYTES).map_err(|_| ConfigError::Value {
+                setting,
+                value: bytes.to_string(),
+                expected: "at least a page, 4096",
+            }),
+            None => Ok(default),
+        };
+        let swap_slots = frames_of("swap_bytes", self.swap_bytes, memory_frames.saturating_mul(4))?;
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Ok(Config {
             allow_uids: [0, own].into_iter().chain(self.allow_uid).collect(),
             shards: at_least_one("shards", self.shards.unwrap_or(cores))?,
             busy_poll: self.busy_poll.map_or(DEFAULT_BUSY_POLL, |span| span.0),
-            memory_frames: at_least_one(
-                "memory_frames",
-                self.memory_frames.unwrap_or(DEFAULT_MEMORY_FRAMES),
-            )?,
+            memory_frames,
+            memory_limit_frames: frames_of("memory_limit_bytes", self.memory_limit_bytes, memory_frames)?,
+            swap: self.swap_file.map(|path| (path, swap_slots)),
             drain_timeout: self.drain_timeout.map_or(DEFAULT_DRAIN, |span| span.0),
             host: HostConfig {
                 session,
@@ -376,6 +405,7 @@ mod tests {
         assert!(refused("listne = ['127.0.0.1:1']").contains("listne"));
         assert!(refused("listen = ['127.0.0.1']").contains("IP:PORT"));
         assert!(refused("listen = ['127.0.0.1:1']\nwindow = 0").contains("window is 0"));
+        assert!(refused("listen = ['127.0.0.1:1']\nmemory_limit_bytes = 4095").contains("at least a page"));
         assert!(refused("listen = ['127.0.0.1:1']\nlease = '50ms'").contains("lease"));
         assert!(refused("listen = ['127.0.0.1:1']\nlease = 'soon'").contains("lease"));
         assert!(
@@ -387,6 +417,16 @@ mod tests {
     fn plaintext_that_leaves_the_machine_must_be_asked_for() {
         assert!(settings("listen = ['0.0.0.0:1']").unwrap_err().contains("--insecure"));
         assert!(settings("listen = ['0.0.0.0:1']\ninsecure = true").is_ok());
+    }
+
+    #[test]
+    fn memory_is_limited_in_bytes_and_swaps_only_where_it_is_told_to() {
+        let config = settings("listen = ['127.0.0.1:1']\nmemory_frames = 100").unwrap();
+        assert_eq!((config.memory_limit_frames, config.swap), (100, None));
+        let text =
+            "listen = ['127.0.0.1:1']\nmemory_limit_bytes = 40960\nswap_file = '/s'\nswap_bytes = 8192";
+        let config = settings(text).unwrap();
+        assert_eq!((config.memory_limit_frames, config.swap), (10, Some(("/s".into(), 2))));
     }
 
     #[test]

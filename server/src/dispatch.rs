@@ -189,6 +189,8 @@ fn in_the_way(targets: &[Target<Arc<SessionHandle>>]) -> Vec<TargetReport> {
             outcome: Outcome::Waiting,
             elapsed: None,
             young: false,
+            // Nobody asked it.
+            dirty: true,
             sent_after: None,
             timing: None,
             resolved_at: None,

@@ -223,12 +223,16 @@ impl Host {
     }
 
     fn would_block(&self, targets: Vec<shootdown_core::round::TargetReport>, called: Moment) -> RoundResult {
-        RoundResult { targets, ..self.nothing_waits(Verdict::WouldBlock, None, called) }
+        RoundResult {
+            dirty: !targets.is_empty(),
+            targets,
+            ..self.nothing_waits(Verdict::WouldBlock, None, called)
+        }
     }
 
     fn nothing_waits(&self, verdict: Verdict, seq: Option<Seq>, called: Moment) -> RoundResult {
         let times = RoundTimes { called, dispatched: called, resolved: None, answered: self.clock().now() };
-        RoundResult { verdict, seq, targets: Vec::new(), young: false, times }
+        RoundResult { verdict, seq, targets: Vec::new(), young: false, dirty: false, times }
     }
 
     /// Runs to its end whatever becomes of the caller: see [`Notifier::release`].

@@ -28,7 +28,7 @@ use crate::service::memory::Memory;
 use crate::service::notifier::Notifiers;
 use crate::service::page::Pages;
 use crate::shard::{self, Arrivals, Doors, Thread};
-use crate::source::memory::{FrameStore, MemoryConfig, MemorySource};
+use crate::source::memory::{FrameStore, MemoryConfig, MemorySource, SwapFile};
 use crate::vigil::Vigil;
 use crate::watchdog;
 
@@ -60,6 +60,15 @@ pub enum StartError {
     Frames {
         /// How many.
         frames: usize,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// The swap file could not be made.
+    #[error("cannot make the swap file {path}")]
+    Swap {
+        /// Which.
+        path: std::path::PathBuf,
         /// Why.
         #[source]
         error: io::Error,
@@ -112,6 +121,8 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         shards: shard_count,
         busy_poll,
         memory_frames,
+        memory_limit_frames,
+        swap,
         drain_timeout,
         host,
     } = config;
@@ -122,6 +133,9 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     let admin = bind(&admin_listen, true, &mut addresses.admin)?;
     let frames = FrameStore::new(memory_frames)
         .map_err(|error| StartError::Frames { frames: memory_frames, error })?;
+    let swap = swap
+        .map(|(path, slots)| SwapFile::create(&path, slots).map_err(|error| StartError::Swap { path, error }))
+        .transpose()?;
 
     // The control plane has a runtime of its own: it answers while every shard is busy.
     let stop = CancellationToken::new();
@@ -133,7 +147,9 @@ pub fn start(config: Config) -> Result<Running, StartError> {
 
     let host = Host::new(host, control.handle.clone());
     let clock = host.clock();
-    let memory_config = MemoryConfig::new(Arc::new(move || clock.now()), control.handle.clone());
+    let mut memory_config = MemoryConfig::new(Arc::new(move || clock.now()), control.handle.clone());
+    memory_config.limit_frames = memory_limit_frames;
+    memory_config.swap = swap.map(Arc::new);
     let memory = MemorySource::new(Arc::new(host.clone()), Arc::clone(&frames), memory_config);
 
     let (health, health_service) = tonic_health::server::health_reporter();

@@ -6,7 +6,7 @@ use shootdown_proto::error::{Reason, status};
 use shootdown_proto::message::MAX_SESSION_MESSAGE;
 use tonic::{Code, Status};
 
-use crate::source::memory::{FrameError, MemoryError};
+use crate::source::memory::{FrameError, MemoryError, SwapError};
 use crate::source::{FaultError, NotifyError};
 
 pub(crate) const fn ack_reason(error: AckError) -> Reason {
@@ -31,7 +31,7 @@ pub(crate) const fn notify_reason(error: &NotifyError) -> Reason {
 
 pub(crate) const fn fault_reason(error: &FaultError) -> Reason {
     match error {
-        FaultError::Unmapped { .. } => Reason::FaultUnmapped,
+        FaultError::Unmapped { .. } | FaultError::BeyondEnd { .. } => Reason::FaultUnmapped,
         FaultError::ReadOnly { .. } => Reason::FaultAccess,
         FaultError::OutOfMemory { .. } => Reason::OutOfMemory,
         FaultError::NotServed => Reason::FaultNotServed,
@@ -65,7 +65,9 @@ pub(crate) const fn frame_reason(error: &FrameError) -> Reason {
     match error {
         FrameError::Unknown { .. } => Reason::FrameUnknown,
         FrameError::Span { .. } => Reason::FieldInvalid,
-        FrameError::OutOfMemory { .. } | FrameError::TooManyReferences { .. } => Reason::OutOfMemory,
+        FrameError::OutOfMemory { .. } | FrameError::NoRun { .. } | FrameError::TooManyReferences { .. } => {
+            Reason::OutOfMemory
+        }
         FrameError::Memory(_) => Reason::StoreFailed,
     }
 }
@@ -74,14 +76,19 @@ pub(crate) const fn memory_reason(error: &MemoryError) -> Reason {
     match error {
         MemoryError::AddressSpaceUnknown(_) => Reason::AddressSpaceUnknown,
         MemoryError::Exiting(_) => Reason::AddressSpaceReleased,
-        MemoryError::Range(_) => Reason::RangeInvalid,
-        MemoryError::Unmapped { .. } => Reason::FaultUnmapped,
+        MemoryError::Range(_)
+        | MemoryError::Overlap { .. }
+        | MemoryError::Locked { .. }
+        | MemoryError::NotAHugePage { .. } => Reason::RangeInvalid,
+        MemoryError::Unmapped { .. } | MemoryError::BeyondEnd { .. } => Reason::FaultUnmapped,
         MemoryError::ReadOnly { .. } => Reason::FaultAccess,
         MemoryError::AlreadyMapped { .. } | MemoryError::Busy { .. } => Reason::MappingExists,
         MemoryError::TooManyMappings { .. } => Reason::OutOfMemory,
         MemoryError::Notify(error) => notify_reason(error),
         MemoryError::NotQuiesced { .. } => Reason::Draining,
         MemoryError::Frame(error) => frame_reason(error),
+        MemoryError::Swap(SwapError::Full { .. } | SwapError::None) => Reason::OutOfMemory,
+        MemoryError::Swap(SwapError::File(_)) | MemoryError::File(_) => Reason::StoreFailed,
         MemoryError::TaskEnded => Reason::Draining,
     }
 }

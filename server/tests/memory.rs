@@ -9,12 +9,42 @@ mod cow;
 mod fork;
 #[path = "memory/zap.rs"]
 mod zap;
+#[path = "memory/migrate.rs"]
+mod migrate;
 #[path = "memory/exit.rs"]
 mod exit;
+#[path = "memory/file.rs"]
+mod file;
+#[path = "memory/writeback.rs"]
+mod writeback;
+#[path = "memory/truncate.rs"]
+mod truncate;
+#[path = "memory/cluster.rs"]
+mod cluster;
 #[path = "memory/fault.rs"]
 mod fault;
+#[path = "memory/protect.rs"]
+mod protect;
+#[path = "memory/remap.rs"]
+mod remap;
+#[path = "memory/snapshot.rs"]
+mod snapshot;
 #[path = "memory/cancel.rs"]
 mod cancel;
+#[path = "memory/swap_out.rs"]
+mod swap_out;
+#[path = "memory/reclaim.rs"]
+mod reclaim;
+#[path = "memory/pressure.rs"]
+mod pressure;
+#[path = "memory/collapse.rs"]
+mod collapse;
+#[path = "memory/merge.rs"]
+mod merge;
+#[path = "memory/merge_refused.rs"]
+mod merge_refused;
+#[path = "memory/passes.rs"]
+mod passes;
 #[path = "memory/model.rs"]
 mod model;
 #[path = "memory/threads.rs"]

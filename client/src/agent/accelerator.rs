@@ -11,14 +11,16 @@ use shootdown_core::{Access, AddressSpaceId, PageSize};
 use shootdown_proto::error::Reason;
 use shootdown_proto::message::FrameSpan;
 
-use super::cache::Cache;
+use super::cache::{Cache, Fate, Fetch, Step};
 use super::flush_time::FlushTime;
-use super::tlb::{DmaGuard, Key, Reach, Tlb};
+use super::tlb::{DmaGuard, Evictable, Key, NotFilled, Reach, Tlb};
+use super::writeback::Delivered;
 use crate::connection::TransportError;
 use crate::device::Device;
 use crate::fault::{FaultError, Faulter};
 use crate::page::{PageClient, PageError};
 use crate::session::gate::{Gate, UseRefused};
+use crate::ticket::CommitTicket;
 use crate::tlb::{DeviceTlb, FlushAllCause, Flushed, Invalidation, Young};
 
 /// How often an access faults again because a notice overtook its grant.
@@ -29,11 +31,18 @@ const MAX_ATTEMPTS: u32 = 64;
 /// It reads and writes the host's pages by DMA ([`PageClient`]) through raw frames that it keeps in a
 /// set-associative TLB, and remembers the bytes of pages in a cache behind it. As hardware does, it goes
 /// on using what it holds until a flush reaches it: [`DeviceTlb::invalidate`] first takes its
-/// [`FlushTime`], then drops what overlaps from both levels, then waits for the DMAs in flight.
+/// [`FlushTime`], then drops what overlaps from the TLB, waits for the DMAs in flight, drops it from the
+/// cache, and waits until what was written there is with the host.
 ///
-/// Writes go through: [`Accelerator::write`] returns when the host has the bytes, so a flush has nothing to
-/// write back, and only reports what is dirty. The cache does not see what the host's CPU writes to a page
-/// that it does not invalidate.
+/// Where it has a cache, writes stay in it ([`WritePolicy::Back`]): [`Accelerator::write`] returns when the
+/// cache has the bytes, and they go to the host when their page is flushed, or must make room. The price: a
+/// flush takes as long as they do, and a session that is lost takes with it what is not delivered
+/// ([`AccessCounts::dirty_lost`]). With [`WritePolicy::Through`] a flush has nothing to write back, and only
+/// reports what is dirty. Either way the cache does not see what the host's CPU writes to a page that it does
+/// not invalidate.
+///
+/// A write-back that fails is not tried again: it may still land. The flush of such a page panics while the
+/// session lasts, and does not return where it is ending, so that no ack claims what was not delivered.
 ///
 /// A load generator that wants a device which breaks the contract wraps this one in a [`DeviceTlb`] of its
 /// own.
@@ -41,6 +50,7 @@ const MAX_ATTEMPTS: u32 = 64;
 pub struct Accelerator {
     tlb: Arc<Tlb>,
     cache: Arc<Cache>,
+    write_policy: WritePolicy,
     flush_time: FlushTime,
     random: Mutex<StdRng>,
     link: RwLock<Option<Link>>,
@@ -54,6 +64,23 @@ pub struct AccessCounts {
     pub hits: u64,
     /// The translation was asked for, and granted.
     pub faults: u64,
+    /// Write-backs of a page that the host has taken.
+    pub written_back: u64,
+    /// Pages that were written and could not be delivered, because their session was lost. A write-back that
+    /// fails loses its session.
+    pub dirty_lost: u64,
+}
+
+/// When the host gets what the accelerator writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WritePolicy {
+    /// Before the write returns.
+    Through,
+    /// Before a flush of the page does, or before the page or its translation must make room. Without a cache
+    /// writes go through.
+    #[default]
+    Back,
 }
 
 /// What the accelerator reaches the host through, as long as a session lasts.
@@ -73,6 +100,8 @@ pub struct AcceleratorConfig {
     pub tlb_ways: usize,
     /// Pages whose bytes are kept. 0: none.
     pub cache_pages: usize,
+    /// Whether writes stay in the cache.
+    pub write_policy: WritePolicy,
     /// How long a flush takes.
     pub flush_time: FlushTime,
     /// Where the flush times are drawn from.
@@ -82,7 +111,14 @@ pub struct AcceleratorConfig {
 impl Default for AcceleratorConfig {
     /// 1024 entries in 8 ways, as a GPU's second level has, and a cache of 1 MiB.
     fn default() -> Self {
-        Self { tlb_sets: 128, tlb_ways: 8, cache_pages: 256, flush_time: FlushTime::None, seed: 0 }
+        Self {
+            tlb_sets: 128,
+            tlb_ways: 8,
+            cache_pages: 256,
+            write_policy: WritePolicy::default(),
+            flush_time: FlushTime::None,
+            seed: 0,
+        }
     }
 }
 
@@ -134,6 +170,21 @@ pub enum AccessError {
     /// The DMA's task was stopped with its runtime. A write may have happened.
     #[error("the DMA was stopped")]
     Stopped,
+    /// What was written to the page before could not be delivered. The session ends at its next flush, if it
+    /// has not; until then the page is not to be seen.
+    #[error("what was written to the page at {address:#x} is lost")]
+    Lost {
+        /// First address.
+        address: u64,
+    },
+}
+
+/// Who waits for a flush.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asker {
+    /// A session, which drops it when it ends.
+    Notice,
+    Device,
 }
 
 impl Accelerator {
@@ -142,7 +193,11 @@ impl Accelerator {
     pub fn new(config: AcceleratorConfig) -> Arc<Self> {
         Arc::new(Self {
             tlb: Tlb::new(config.tlb_sets, config.tlb_ways),
-            cache: Arc::new(Cache::new(config.cache_pages)),
+            cache: Cache::new(config.cache_pages),
+            write_policy: match config.cache_pages {
+                0 => WritePolicy::Through,
+                _ => config.write_policy,
+            },
             flush_time: config.flush_time,
             random: Mutex::new(StdRng::seed_from_u64(config.seed)),
             link: RwLock::default(),
@@ -180,22 +235,31 @@ impl Accelerator {
         let link = self.link()?;
         let dma = self.translate(&link, key, Access::Read).await?;
         let part = span.offset as usize..(span.offset + span.length) as usize;
-        if let Some(page) = self.cache.get(key) {
-            return Ok(PageRead { bytes: page.slice(part), from_cache: true });
+        let fetch = loop {
+            match self.cache.read(dma.place(), part.clone()) {
+                Step::Done(bytes) => return Ok(PageRead { bytes, from_cache: true }),
+                Step::Miss(fetch) => break fetch,
+                Step::Wait(page) => self.cache.settled(page).await,
+                Step::Lost => return Err(AccessError::Lost { address }),
+            }
+            // That took its time.
+            link.gate.check()?;
+        };
+        let page = link.pages.read(&[whole(&dma)]).await?;
+        while let Step::Wait(page) = self.cache.keep(dma.place(), &fetch, &page) {
+            self.cache.settled(page).await;
         }
-        let whole = FrameSpan { frame: dma.frame, offset: 0, length: PAGE };
-        let page = link.pages.read(&[whole]).await?;
-        dma.if_current(|| self.cache.put(key, page.clone()));
         Ok(PageRead { bytes: page.slice(part), from_cache: false })
     }
 
-    /// Writes bytes of one page through to the host.
+    /// Writes bytes of one page: into the cache, or through to the host.
     ///
     /// # Errors
-    /// [`AccessError`]; after [`AccessError::Dma`] the write may have happened.
+    /// [`AccessError`]; after [`AccessError::Dma`] a write that goes through may have happened.
     ///
     /// # Cancel safety
-    /// Dropped, the write goes on if its DMA was begun, and a flush waits for it.
+    /// Dropped, a write into the cache has not happened. One that goes through goes on if its DMA was begun,
+    /// and a flush waits for it.
     pub async fn write(
         &self,
         address_space: AddressSpaceId,
@@ -205,12 +269,51 @@ impl Accelerator {
         let (key, span) = locate(address_space, address, bytes.len() as u64)?;
         let link = self.link()?;
         let dma = self.translate(&link, key, Access::Write).await?;
+        match self.write_policy {
+            WritePolicy::Back => self.write_to_cache(&link, &dma, address, span, &bytes).await,
+            WritePolicy::Through => self.write_through(link, dma, key, span, bytes).await,
+        }
+    }
+
+    /// The page's copy has the bytes when this returns. A part of a page that has no copy is written into one
+    /// that is fetched first.
+    async fn write_to_cache(
+        &self,
+        link: &Link,
+        dma: &DmaGuard,
+        address: u64,
+        span: FrameSpan,
+        bytes: &Bytes,
+    ) -> Result<(), AccessError> {
+        let mut fetched: Option<(Fetch, Bytes)> = None;
+        loop {
+            // A write into the copy is a use of the translation, and its flush waits for the DMA.
+            link.gate.check()?;
+            let offset = span.offset as usize;
+            match self.cache.write(dma.place(), offset, bytes, fetched.as_ref(), &link.pages) {
+                Step::Done(()) => return Ok(()),
+                Step::Miss(fetch) => fetched = Some((fetch, link.pages.read(&[whole(dma)]).await?)),
+                Step::Wait(page) => self.cache.settled(page).await,
+                Step::Lost => return Err(AccessError::Lost { address }),
+            }
+        }
+    }
+
+    async fn write_through(
+        &self,
+        link: Link,
+        dma: DmaGuard,
+        key: Key,
+        span: FrameSpan,
+        bytes: Bytes,
+    ) -> Result<(), AccessError> {
         let cache = Arc::clone(&self.cache);
         // A task of its own: a DMA on its way cannot be called back by dropping a future.
         let written = tokio::spawn(async move {
-            // Before and while: no read keeps what it read beside a write.
+            // Before and after: no read keeps what it read beside a write.
             cache.drop_page(key);
             let written = link.pages.write(&[FrameSpan { frame: dma.frame, ..span }], bytes).await;
+            cache.drop_page(key);
             drop(dma);
             written
         });
@@ -229,16 +332,24 @@ impl Accelerator {
         self.cache.len()
     }
 
-    /// How accesses found their translations, since the accelerator was made.
+    /// Pages in the cache that were written and are not on their way to the host.
     #[must_use]
-    pub fn access_counts(&self) -> AccessCounts {
-        *self.counts.lock()
+    pub fn dirty_pages(&self) -> usize {
+        self.cache.dirty()
     }
 
-    /// DMAs in flight.
+    /// How accesses found their translations, and what became of what they wrote, since the accelerator was
+    /// made.
+    #[must_use]
+    pub fn access_counts(&self) -> AccessCounts {
+        let counts = self.cache.counts();
+        AccessCounts { written_back: counts.delivered, dirty_lost: counts.lost, ..*self.counts.lock() }
+    }
+
+    /// DMAs in flight, and pages that are being written back.
     #[must_use]
     pub fn dmas_in_flight(&self) -> usize {
-        self.tlb.dmas()
+        self.tlb.dmas() + self.cache.in_flight()
     }
 
     fn link(&self) -> Result<Link, AccessError> {
@@ -277,35 +388,87 @@ impl Accelerator {
             granted => granted.map_err(|source| AccessError::Fault { address, source })?,
         };
         // One page was asked for, so there is one ticket, and it covers the page.
-        let Some(ticket) = granted.tickets.into_iter().next() else { return Ok(None) };
-        match self.tlb.fill(key, ticket, access) {
-            Ok(dma) => Ok(Some(dma)),
-            Err(CommitError::Spoiled) => Ok(None),
-            Err(CommitError::Closed) => Err(UseRefused::SessionEnded.into()),
+        let Some(mut ticket) = granted.tickets.into_iter().next() else { return Ok(None) };
+        let evictable = |key, writes| match self.write_policy {
+            WritePolicy::Back if writes > 0 || self.cache.owes(key) => Evictable::No,
+            WritePolicy::Back | WritePolicy::Through => Evictable::Yes,
+        };
+        loop {
+            match self.tlb.fill(key, ticket, access, evictable) {
+                Ok(dma) => return Ok(Some(dma)),
+                Err(NotFilled::Refused(CommitError::Spoiled)) => return Ok(None),
+                Err(NotFilled::Refused(CommitError::Closed)) => return Err(UseRefused::SessionEnded.into()),
+                Err(NotFilled::Full { ticket: unused, victim }) => {
+                    ticket = *unused;
+                    // A write that goes on has no DMA to wait for but its own, so it ends.
+                    self.tlb.unwritten(victim).await;
+                    self.cache.clean(victim);
+                    self.cache.settled(victim).await;
+                }
+            }
         }
     }
 
-    async fn flush(&self, reach: Reach) -> Flushed {
+    async fn flush(
+        &self,
+        reach: Reach,
+        replacement: Option<CommitTicket>,
+        fate: Fate,
+    ) -> (Flushed, Delivered) {
         let time = self.flush_time.draw(&mut *self.random.lock());
         if let Some(time) = time {
             tokio::time::sleep(time).await;
         }
-        let flushed = self.tlb.flush(reach);
-        // After the TLB: whatever was cached through an entry was cached before the entry went.
-        self.cache.drop_reached(reach);
+        let flushed = self.tlb.flush(reach, replacement);
         self.tlb.drained(reach).await;
+        // After the DMAs: whatever was cached or written through an entry is there by now. Nobody may be the
+        // one who has begun all of its write-backs, so each flush waits for those of all.
+        self.cache.take(reach, fate);
+        let delivered = self.cache.delivered(reach).await;
+        (flushed, delivered)
+    }
+
+    async fn invalidate_and(&self, invalidation: Invalidation, replacement: Option<CommitTicket>) -> Flushed {
+        let reach = Reach::Range(invalidation.address_space, invalidation.range);
+        let (flushed, delivered) = self.flush(reach, replacement, Fate::WriteBack).await;
+        if delivered == Delivered::No {
+            self.not_delivered(invalidation.notice.map_or(Asker::Device, |_| Asker::Notice)).await;
+        }
         flushed
+    }
+
+    /// The end of a flush that cannot be finished. It never returns: that would be an ack.
+    async fn not_delivered(&self, asker: Asker) {
+        let lasts = self.link().is_ok_and(|link| link.gate.check().is_ok());
+        assert!(!lasts && asker == Asker::Notice, "what the device wrote cannot be delivered");
+        // The session is ending for a cause of its own, and drops this.
+        std::future::pending::<()>().await;
     }
 }
 
 impl DeviceTlb for Accelerator {
     async fn invalidate(&self, invalidation: Invalidation) -> Flushed {
-        self.flush(Reach::Range(invalidation.address_space, invalidation.range)).await
+        self.invalidate_and(invalidation, None).await
     }
 
     async fn flush_all(&self, cause: FlushAllCause) {
         tracing::debug!(?cause, entries = self.tlb_entries(), "flushing everything");
-        self.flush(Reach::All).await;
+        let fate = match cause {
+            FlushAllCause::Connecting => Fate::Lose,
+            FlushAllCause::Host(_) | FlushAllCause::Leaving | FlushAllCause::Lost => Fate::WriteBack,
+        };
+        let (_, delivered) = self.flush(Reach::All, None, fate).await;
+        match (cause, delivered) {
+            (FlushAllCause::Connecting, _) => self.cache.forget_lost(),
+            // Nobody is told that it was delivered. A flush that was begun still must not say so.
+            (FlushAllCause::Lost, _) | (_, Delivered::Yes) => {}
+            (FlushAllCause::Host(_), Delivered::No) => self.not_delivered(Asker::Notice).await,
+            (FlushAllCause::Leaving, Delivered::No) => self.not_delivered(Asker::Device).await,
+        }
+    }
+
+    async fn change_pte(&self, invalidation: Invalidation, replacement: CommitTicket) -> Flushed {
+        self.invalidate_and(invalidation, Some(replacement)).await
     }
 
     async fn clear_young(&self, invalidation: Invalidation) -> Young {
@@ -314,6 +477,10 @@ impl DeviceTlb for Accelerator {
 }
 
 const PAGE: u32 = PageSize::BASE.bytes() as u32;
+
+fn whole(dma: &DmaGuard) -> FrameSpan {
+    FrameSpan { frame: dma.frame, offset: 0, length: PAGE }
+}
 
 /// The page of an access, and where in it the access lies; its frame is not known yet.
 fn locate(address_space: AddressSpaceId, address: u64, length: u64) -> Result<(Key, FrameSpan), AccessError> {

@@ -8,8 +8,9 @@ use clap::{Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 use shootdown_core::{AddrRange, AddressSpaceId, DeviceId, PageSize};
 
-use super::accelerator::AcceleratorConfig;
+use super::accelerator::{AcceleratorConfig, WritePolicy};
 use super::flush_time::{FlushTime, duration};
+use crate::config::ChangePte;
 use crate::endpoint::Endpoint;
 
 /// A release build is told of its commit: `SHOOTDOWN_VERSION="0.1.0 (1a2b3c4d)"`.
@@ -72,6 +73,13 @@ struct Settings {
     /// Pages whose bytes are cached. Default: 256.
     #[arg(long, env = "SHOOTDOWN_AGENT_CACHE_PAGES", global = true)]
     cache_pages: Option<usize>,
+    /// When the host gets what is written: through, at once; back, when the page is flushed or must make
+    /// room, which wants a cache. Default: back where pages are cached.
+    #[arg(long, env = "SHOOTDOWN_AGENT_WRITE_POLICY", global = true)]
+    write_policy: Option<WritePolicy>,
+    /// Take a replacement translation instead of an invalidation (change_pte). Default: false.
+    #[arg(long, env = "SHOOTDOWN_AGENT_CHANGE_PTE", num_args = 0..=1, default_missing_value = "true", global = true)]
+    change_pte: Option<bool>,
     /// How long a flush takes: none, fixed:500us, exp:1ms or pareto:200us,1.5. Default: none.
     #[arg(long, env = "SHOOTDOWN_AGENT_FLUSH_TIME", global = true)]
     flush_time: Option<FlushTime>,
@@ -124,6 +132,8 @@ pub struct Config {
     pub workers: usize,
     /// The hardware.
     pub accelerator: AcceleratorConfig,
+    /// Whether replacement translations are taken.
+    pub change_pte: ChangePte,
     /// The longest that the session polls before it sleeps; `None`: the SDK's default.
     pub busy_poll: Option<Duration>,
     /// How many of the workers' accesses are reads, 0 to 1.
@@ -221,6 +231,8 @@ impl Settings {
             tlb_sets: self.tlb_sets.or(less.tlb_sets),
             tlb_ways: self.tlb_ways.or(less.tlb_ways),
             cache_pages: self.cache_pages.or(less.cache_pages),
+            write_policy: self.write_policy.or(less.write_policy),
+            change_pte: self.change_pte.or(less.change_pte),
             flush_time: self.flush_time.or(less.flush_time),
             busy_poll: self.busy_poll.or(less.busy_poll),
             read_ratio: self.read_ratio.or(less.read_ratio),
@@ -260,6 +272,14 @@ impl Settings {
             Some(0) => Err(value(setting, "0".to_owned(), "1 is the lowest")),
             given => Ok(given.unwrap_or(default)),
         };
+        let cache_pages = self.cache_pages.unwrap_or(hardware.cache_pages);
+        let write_policy = match (self.write_policy, cache_pages) {
+            (Some(WritePolicy::Back), 0) => {
+                return Err(value("write-policy", "back".to_owned(), "through where cache-pages is 0"));
+            }
+            (None | Some(WritePolicy::Through), 0) => WritePolicy::Through,
+            (given, _) => given.unwrap_or(hardware.write_policy),
+        };
         let read_ratio = self.read_ratio.unwrap_or(0.9);
         if !(0.0..=1.0).contains(&read_ratio) {
             return Err(value("read-ratio", read_ratio.to_string(), "0 to 1"));
@@ -278,9 +298,14 @@ impl Settings {
             accelerator: AcceleratorConfig {
                 tlb_sets: positive("tlb-sets", self.tlb_sets, hardware.tlb_sets)?,
                 tlb_ways: positive("tlb-ways", self.tlb_ways, hardware.tlb_ways)?,
-                cache_pages: self.cache_pages.unwrap_or(hardware.cache_pages),
+                cache_pages,
+                write_policy,
                 flush_time: self.flush_time.unwrap_or_default(),
                 seed: hardware.seed,
+            },
+            change_pte: match self.change_pte.unwrap_or(false) {
+                true => ChangePte::Supported,
+                false => ChangePte::Unsupported,
             },
             busy_poll,
             read_ratio,
@@ -344,6 +369,35 @@ mod tests {
         assert_eq!(hardware.flush_time, FlushTime::Fixed(Duration::from_millis(1)));
         assert_eq!(config.ranges, [PageRange(AddrRange::new(0x1000, 0x3000).unwrap())]);
         assert_eq!(config.log_format, LogFormat::Json);
+    }
+
+    #[test]
+    fn writes_stay_in_the_cache_where_there_is_one_unless_it_is_said_otherwise() {
+        let policy = |arguments: &[&str]| {
+            config(&[&["--host-agent", "unix:/a"], arguments].concat())
+                .map(|config| config.accelerator.write_policy)
+        };
+        assert_eq!(policy(&[]).unwrap(), WritePolicy::Back);
+        assert_eq!(policy(&["--write-policy", "through"]).unwrap(), WritePolicy::Through);
+        assert_eq!(policy(&["--cache-pages", "0"]).unwrap(), WritePolicy::Through);
+        let nowhere = policy(&["--cache-pages", "0", "--write-policy", "back"]);
+        assert!(matches!(nowhere, Err(ConfigError::Value { setting: "write-policy", .. })));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("agent.toml");
+        std::fs::write(&path, "write_policy = 'through'\nchange_pte = true\n").unwrap();
+        let file = ["--config", path.to_str().unwrap()];
+        assert_eq!(policy(&file).unwrap(), WritePolicy::Through);
+        assert_eq!(policy(&[&file[..], &["--write-policy", "back"]].concat()).unwrap(), WritePolicy::Back);
+    }
+
+    #[test]
+    fn replacement_translations_are_taken_where_it_is_said() {
+        let taken = |arguments: &[&str]| {
+            config(&[&["--host-agent", "unix:/a"], arguments].concat()).unwrap().change_pte
+        };
+        assert_eq!(taken(&[]), ChangePte::Unsupported);
+        assert_eq!(taken(&["--change-pte"]), ChangePte::Supported);
+        assert_eq!(taken(&["--change-pte", "false"]), ChangePte::Unsupported);
     }
 
     #[test]

@@ -104,6 +104,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<Summa
     if let Some(busy_poll) = config.busy_poll {
         device_config.busy_poll = busy_poll;
     }
+    device_config.change_pte = config.change_pte;
     let device = Device::connect(device_config, Arc::clone(&accelerator)).await?;
     accelerator.attach(&device)?;
 

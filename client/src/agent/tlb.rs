@@ -7,15 +7,19 @@
 //!                                                            v
 //!                          DMAs in flight: draining --- last DmaGuard dropped ---> gone
 //! ```
+//!
+//! A write into the device's own copy of a page is a DMA here as well. Where copies are written, an entry is
+//! not evicted before what was written through it is with the host ([`NotFilled::Full`]).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use shootdown_core::mapping::CommitError;
-use shootdown_core::{Access, AddrRange, AddressSpaceId, FrameNumber, PageSize};
+use shootdown_core::{Access, AddrRange, AddressSpaceId, FrameNumber, PageSize, Translation};
 use tokio::sync::Notify;
 
+use super::cache::Place;
 use crate::ranges::at_most;
 use crate::ticket::CommitTicket;
 use crate::tlb::Flushed;
@@ -48,8 +52,8 @@ pub(super) struct Tlb {
 #[derive(Debug, Default)]
 struct Set {
     state: Mutex<State>,
-    /// A draining entry is gone.
-    drained: Notify,
+    /// A draining entry is gone, or a write has ended.
+    ended: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -72,8 +76,26 @@ struct Entry {
     dirty: bool,
     dmas: usize,
     writes: usize,
-    /// Counts the writes that have ended.
-    version: u64,
+}
+
+/// Why an entry was not filled.
+#[derive(Debug)]
+pub(super) enum NotFilled {
+    Refused(CommitError),
+    /// Each entry of the set was written through, and the host does not have it all. The page of the one that
+    /// goes first: write it back, await [`Tlb::unwritten`], and come back.
+    Full {
+        ticket: Box<CommitTicket>,
+        victim: Key,
+    },
+}
+
+/// Whether the entries of a full set may go as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Evictable {
+    Yes,
+    /// Their pages are not with the host.
+    No,
 }
 
 /// A DMA in flight. A flush of its page is not complete before it is dropped.
@@ -83,7 +105,6 @@ pub(super) struct DmaGuard {
     key: Key,
     id: u64,
     access: Access,
-    version: u64,
     pub(super) frame: FrameNumber,
 }
 
@@ -124,34 +145,39 @@ impl Tlb {
 
     /// Fills an entry with what was granted and begins a DMA through it, all under the lock that a flush
     /// takes: a notice that overtook the grant has spoiled its ticket, or its flush comes after this.
+    ///
+    /// `evictable` is asked under that lock of a page and of how many writes to it go on.
     pub(super) fn fill(
         self: &Arc<Self>,
         key: Key,
         ticket: CommitTicket,
         access: Access,
-    ) -> Result<DmaGuard, CommitError> {
+        evictable: impl Fn(Key, usize) -> Evictable,
+    ) -> Result<DmaGuard, NotFilled> {
         let state = &mut *self.set_of(key).state.lock();
-        let granted = ticket.commit_raw()?;
-        state.evict(|entry| entry.key == key);
-        if state.entries.len() >= self.ways {
-            let oldest = state.entries.iter().map(|entry| entry.last_use).min();
-            state.evict(|entry| Some(entry.last_use) == oldest);
+        let age = state.age + 1;
+        // Somebody else was faster. What was written through that entry stays reachable through it.
+        if let Some(entry) = state.entries.iter_mut().find(|entry| entry.key == key && entry.access >= access)
+        {
+            entry.last_use = age;
+            state.age = age;
+            return Ok(self.start(entry, access));
         }
-        state.age += 1;
-        // A larger page's frame is that of its first base page.
-        let first_page = granted.range.start() / PageSize::BASE.bytes();
-        let mut entry = Entry {
-            key,
-            id: state.age,
-            frame: FrameNumber(granted.frame.0 + (key.page - first_page)),
-            access: granted.access,
-            last_use: state.age,
-            young: false,
-            dirty: false,
-            dmas: 0,
-            writes: 0,
-            version: 0,
-        };
+        let is_there = state.entries.iter().any(|entry| entry.key == key);
+        let mut evicted = None;
+        if !is_there && state.entries.len() >= self.ways {
+            let may_go = |entry: &&Entry| evictable(entry.key, entry.writes) == Evictable::Yes;
+            let oldest = state.entries.iter().filter(may_go).min_by_key(|entry| entry.last_use);
+            let Some(oldest) = oldest else {
+                let victim = state.entries.iter().min_by_key(|entry| entry.last_use);
+                let victim = victim.expect("a set that is full has an entry").key;
+                return Err(NotFilled::Full { ticket: Box::new(ticket), victim });
+            };
+            evicted = Some(oldest.id);
+        }
+        let granted = ticket.commit_raw().map_err(NotFilled::Refused)?;
+        state.evict(|entry| entry.key == key || Some(entry.id) == evicted);
+        let mut entry = state.entry(key, granted);
         let dma = self.start(&mut entry, access);
         state.entries.push(entry);
         Ok(dma)
@@ -164,20 +190,34 @@ impl Tlb {
             entry.dirty = true;
             entry.writes += 1;
         }
-        let Entry { key, id, version, frame, .. } = *entry;
-        DmaGuard { tlb: Arc::clone(self), key, id, access, version, frame }
+        let Entry { key, id, frame, .. } = *entry;
+        DmaGuard { tlb: Arc::clone(self), key, id, access, frame }
     }
 
     /// Drops every entry that is reached; what was used and written through them. Their DMAs go on.
-    pub(super) fn flush(&self, reach: Reach) -> Flushed {
+    ///
+    /// `replacement` is committed in the place of its page's entry, if there was one, and under the same lock:
+    /// nobody sees the page without an entry, and a later flush finds the new one or has spoiled the ticket.
+    pub(super) fn flush(&self, reach: Reach, mut replacement: Option<CommitTicket>) -> Flushed {
         let mut told = Flushed::default();
         for set in self.sets_of(reach) {
             let state = &mut *set.state.lock();
             let taken: Vec<Entry> = state.entries.extract_if(.., |entry| reach.covers(entry.key)).collect();
             for entry in taken {
                 entry.tell(&mut told);
+                let key = entry.key;
                 if entry.dmas > 0 {
                     state.draining.push(entry);
+                }
+                let replaces = |ticket: &mut CommitTicket| {
+                    ticket.address_space() == key.address_space && ticket.range() == key.range()
+                };
+                // Refused: a later notice has overtaken this one, and the page is dropped.
+                if let Some(ticket) = replacement.take_if(replaces)
+                    && let Ok(granted) = ticket.commit_raw()
+                {
+                    let entry = state.entry(key, granted);
+                    state.entries.push(entry);
                 }
             }
             state.take_evicted(reach, &mut told);
@@ -185,19 +225,16 @@ impl Tlb {
         told
     }
 
+    /// Resolves when no write goes on through the page's entry.
+    pub(super) async fn unwritten(&self, key: Key) {
+        let writes = |entry: &Entry| entry.key == key && entry.writes > 0;
+        self.set_of(key).until(|state| !state.entries.iter().any(writes)).await;
+    }
+
     /// Resolves when no DMA goes through an entry that was dropped and is reached.
     pub(super) async fn drained(&self, reach: Reach) {
         for set in self.sets_of(reach) {
-            loop {
-                let drained = set.drained.notified();
-                let mut drained = std::pin::pin!(drained);
-                // Before the look: a DMA that ends between the two is heard.
-                drained.as_mut().enable();
-                if !set.state.lock().draining.iter().any(|entry| reach.covers(entry.key)) {
-                    break;
-                }
-                drained.await;
-            }
+            set.until(|state| !state.draining.iter().any(|entry| reach.covers(entry.key))).await;
         }
     }
 
@@ -260,7 +297,39 @@ impl Tlb {
     }
 }
 
+impl Set {
+    async fn until(&self, reached: impl Fn(&State) -> bool) {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            // Before the look: a DMA that ends between the two is heard.
+            ended.as_mut().enable();
+            if reached(&self.state.lock()) {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
 impl State {
+    /// A new entry, not in the set yet.
+    fn entry(&mut self, key: Key, granted: Translation) -> Entry {
+        self.age += 1;
+        // A larger page's frame is that of its first base page.
+        let first_page = granted.range.start() / PageSize::BASE.bytes();
+        Entry {
+            key,
+            id: self.age,
+            frame: FrameNumber(granted.frame.0 + (key.page - first_page)),
+            access: granted.access,
+            last_use: self.age,
+            young: false,
+            dirty: false,
+            dmas: 0,
+            writes: 0,
+        }
+    }
+
     /// Takes entries out without being asked to; their bits are kept until they are.
     fn evict(&mut self, which: impl Fn(&Entry) -> bool) {
         let taken: Vec<Entry> = self.entries.extract_if(.., |entry| which(entry)).collect();
@@ -302,14 +371,8 @@ impl Entry {
 }
 
 impl DmaGuard {
-    /// Runs `keep` if what this DMA read may be remembered: its entry is still there and nothing was
-    /// written beside it. Under the set's lock, so that a flush finds what was kept.
-    pub(super) fn if_current(&self, keep: impl FnOnce()) {
-        let state = self.tlb.set_of(self.key).state.lock();
-        let current = state.entries.iter().find(|entry| entry.id == self.id && entry.key == self.key);
-        if current.is_some_and(|entry| entry.writes == 0 && entry.version == self.version) {
-            keep();
-        }
+    pub(super) fn place(&self) -> Place {
+        Place { key: self.key, frame: self.frame }
     }
 }
 
@@ -323,13 +386,13 @@ impl Drop for DmaGuard {
             end(entry);
             if access == Access::Write {
                 entry.writes -= 1;
-                entry.version += 1;
+                set.ended.notify_waiters();
             }
         } else if let Some(at) = state.draining.iter().position(mine) {
             end(&mut state.draining[at]);
             if state.draining[at].dmas == 0 {
                 state.draining.swap_remove(at);
-                set.drained.notify_waiters();
+                set.ended.notify_waiters();
             }
         }
     }

@@ -11,8 +11,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use shootdown_client::{
     Access, AddrRange, AddressSpaceId, Cause, CommitTicket, Device, DeviceConfig, DeviceId, DeviceTlb,
-    Endpoint, FlushAllCause, Flushed, FrameNumber, Invalidation, NoticeNumber, PageSize, Seq, SessionId,
-    SubscribeOptions, Subscription, SubscriptionId, Translation, Young,
+    Endpoint, FlushAllCause, Flushed, FrameNumber, Invalidation, NoticeNumber, PageSize, Reason, Seq,
+    SessionId, SubscribeOptions, Subscription, SubscriptionId, Translation, Young,
 };
 use shootdown_core::{Ack, Notice, NoticeKind, Scope};
 use shootdown_proto::message::{DeviceSays, Fault, Grant, HostSays, Resume, Welcome};
@@ -53,6 +53,13 @@ pub(crate) struct FakeHost {
 #[derive(Clone, Default)]
 pub(crate) struct Frames {
     pub(crate) bytes: Arc<Mutex<HashMap<u64, Vec<u8>>>>,
+    /// Writes are refused, as those of a fenced session are.
+    pub(crate) fenced: Arc<Mutex<bool>>,
+    /// The frame, offset and length of each span that was written, in order.
+    pub(crate) written: Arc<Mutex<Vec<(u64, u32, u32)>>>,
+    /// While a test holds it, what was read stays under way; how many reads have looked.
+    pub(crate) under_way: Arc<tokio::sync::RwLock<()>>,
+    pub(crate) looked: Arc<Mutex<usize>>,
     /// While a test holds it, no answer goes out.
     pub(crate) answers: Arc<tokio::sync::RwLock<()>>,
 }
@@ -96,13 +103,17 @@ impl PageService for Frames {
             "the session and its epoch travel with each call"
         );
         let _answer = self.answers.read().await;
-        let frames = self.bytes.lock();
-        let empty = vec![0; 4096];
         let mut data = Vec::new();
-        for span in request.spans {
-            let frame = frames.get(&span.frame).unwrap_or(&empty);
-            data.extend_from_slice(&frame[span.offset as usize..][..span.length as usize]);
+        {
+            let frames = self.bytes.lock();
+            let empty = vec![0; 4096];
+            for span in request.spans {
+                let frame = frames.get(&span.frame).unwrap_or(&empty);
+                data.extend_from_slice(&frame[span.offset as usize..][..span.length as usize]);
+            }
+            *self.looked.lock() += 1;
         }
+        let _arrived = self.under_way.read().await;
         Ok(tonic::Response::new(v1::ReadResponse { data: data.into() }))
     }
 
@@ -113,7 +124,11 @@ impl PageService for Frames {
         let request = request.into_inner();
         let mut data = request.data;
         let _answer = self.answers.read().await;
+        if *self.fenced.lock() {
+            return Err(shootdown_proto::error::status(Reason::SessionFenced, "fenced", &[]));
+        }
         let mut frames = self.bytes.lock();
+        self.written.lock().extend(request.spans.iter().map(|span| (span.frame, span.offset, span.length)));
         for span in request.spans {
             let frame = frames.entry(span.frame).or_insert_with(|| vec![0; 4096]);
             frame[span.offset as usize..][..span.length as usize]

@@ -295,20 +295,48 @@ fn each_ack_that_does_not_fit_is_refused_with_its_reason() {
 
 #[test]
 fn young_and_dirty_bits_go_to_the_tokens_whose_range_was_used() {
-    let mut outbox = outbox(8, 1);
-    outbox.push(&event(1, 1, Method::ClearFlushYoung, pages(0, 1)), Some(0));
-    outbox.push(&event(1, 2, Method::Invalidate, pages(4, 2)), Some(1));
-    outbox.push(&event(1, 3, Method::Invalidate, pages(8, 1)), Some(2));
-    outbox.take_notices(8, at(3));
+    let mut outbox = outbox(1, 8);
+    outbox.push(&event(1, 1, Method::Invalidate, pages(50, 1)), None);
+    outbox.take_notices(8, at(1));
+    outbox.push(&event(1, 2, Method::ClearFlushYoung, pages(0, 3)), Some(0));
+    outbox.push(&event(1, 3, Method::Invalidate, pages(2, 4)), Some(1));
+    outbox.push(&event(1, 4, Method::Invalidate, pages(5, 4)), Some(2));
+    outbox.on_ack(&ack(1, &[])).unwrap();
+    let merged = outbox.take_notices(8, at(3));
+    assert_eq!(
+        (merged.len(), merged[0].scope),
+        (1, Scope::Range(AddressSpaceId::new(1).unwrap(), pages(0, 9)))
+    );
     let timing = Some(FlushTiming { received: at(1), flushed: at(2) });
-    let young = vec![pages(9, 1), pages(0, 2), pages(1, 2), pages(20, 2)];
-    let reports = vec![FlushReport { notice: n(1), young, dirty: vec![pages(5, 4)], timing }];
-    let resolved = outbox.on_ack(&Ack { reports, ..ack(1, &[]) }).unwrap();
+    let young = vec![pages(9, 1), pages(0, 1), pages(1, 1), pages(20, 2)];
+    let reports = vec![FlushReport { notice: n(2), young, dirty: vec![pages(5, 4)], timing }];
+    let resolved = outbox.on_ack(&Ack { reports, ..ack(2, &[]) }).unwrap();
     let mut bits: Vec<_> = resolved.iter().map(|r| (r.token, r.young, r.dirty, r.timing, r.sent)).collect();
     bits.sort_unstable_by_key(|bits| bits.0);
     assert_eq!(
         bits,
         [(0, true, false, timing, at(3)), (1, false, true, timing, at(3)), (2, false, true, timing, at(3)),]
+    );
+}
+
+/// A device that flushed everything can name no range: it may have written any, and each waiter must know.
+#[test]
+fn after_a_flush_of_everything_each_token_is_dirty() {
+    let mut outbox = Outbox::new(OutboxLimits { window: 1, max_pending: 1 });
+    outbox.push(&event(1, 1, Method::Invalidate, pages(0, 1)), Some(0));
+    assert!(outbox.take_notices(8, at(3)).iter().all(|notice| notice.scope != Scope::FlushAll));
+    outbox.push(&event(1, 2, Method::Invalidate, pages(4, 2)), Some(1));
+    outbox.push(&event(2, 1, Method::Invalidate, pages(900, 1)), Some(2));
+    let precise = outbox.on_ack(&ack(1, &[])).unwrap();
+    assert_eq!(precise.iter().map(|r| (r.token, r.dirty)).collect::<Vec<_>>(), [(0, false)]);
+    assert_eq!(outbox.take_notices(8, at(4))[0].scope, Scope::FlushAll);
+    let mut dirty: Vec<_> =
+        outbox.on_ack(&ack(2, &[])).unwrap().iter().map(|r| (r.token, r.young, r.dirty)).collect();
+    dirty.sort_unstable();
+    assert_eq!(
+        dirty,
+        [(1, false, true), (2, false, true)],
+        "young is told beforehand, in messages of its own"
     );
 }
 
@@ -649,7 +677,9 @@ impl Model {
                 let mine = ack.reports.iter().filter(|report| report.notice == r.notice);
                 mine.flat_map(of).any(|range| range.overlaps(told.range()))
             };
-            assert_eq!((r.young, r.dirty), (used(|report| &report.young), used(|report| &report.dirty)));
+            assert_eq!(r.young, used(|report| &report.young));
+            let everything = self.sent[&r.notice].0.scope == Scope::FlushAll;
+            assert_eq!(r.dirty, everything || used(|report| &report.dirty));
         }
         let due = self
             .told

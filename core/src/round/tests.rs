@@ -30,19 +30,23 @@ fn round(method: Method, count: usize) -> Round {
 }
 
 fn acked(young: bool) -> Resolution {
-    Resolution::Acked { young, timing: None, sent: Some(at(110)) }
+    Resolution::Acked { young, dirty: false, timing: None, sent: Some(at(110)) }
 }
 
-const RESOLUTIONS: [Resolution; 4] = [
-    Resolution::Acked { young: false, timing: None, sent: None },
-    Resolution::Acked { young: true, timing: None, sent: None },
+const RESOLUTIONS: [Resolution; 5] = [
+    Resolution::Acked { young: false, dirty: false, timing: None, sent: None },
+    Resolution::Acked { young: true, dirty: false, timing: None, sent: None },
+    Resolution::Acked { young: false, dirty: true, timing: None, sent: None },
     Resolution::Left,
     Resolution::Fenced,
 ];
 
 fn describe(how: Resolution) -> String {
     match how {
-        Resolution::Acked { young, .. } => format!("Acked(young: {young})"),
+        Resolution::Acked { young: false, dirty: false, .. } => "Acked".to_owned(),
+        Resolution::Acked { young: true, dirty: false, .. } => "Acked(young)".to_owned(),
+        Resolution::Acked { young: false, dirty: true, .. } => "Acked(dirty)".to_owned(),
+        Resolution::Acked { .. } => "Acked(young, dirty)".to_owned(),
         other => format!("{other:?}"),
     }
 }
@@ -51,7 +55,7 @@ fn describe(how: Resolution) -> String {
 #[test]
 fn transitions() {
     let mut table = String::new();
-    for method in [Method::Invalidate, Method::ClearFlushYoung] {
+    for method in [Method::Invalidate, Method::ClearFlushYoung, Method::ClearYoung] {
         for count in [1, 2] {
             let before = RESOLUTIONS.iter().map(|how| Some(*how)).chain([None]);
             for (first, input) in before.flat_map(|first| RESOLUTIONS.map(|input| (first, input))) {
@@ -66,11 +70,12 @@ fn transitions() {
                 let progress = round.on_resolved(0, input, at(150));
                 let outcomes: Vec<_> = round.reports().iter().map(|report| report.outcome.name()).collect();
                 table += &format!(
-                    "{} {count} targets | {state:19} + {:19} -> {progress:15} [{}] young {} completed {}\n",
+                    "{} {count} targets | {state:12} + {:12} -> {progress:15} [{}] young {} dirty {} completed {}\n",
                     method.name(),
                     describe(input),
                     outcomes.join(" "),
                     round.young(),
+                    round.dirty(),
                     round.completed().map_or("-".to_owned(), |moment| format!("{moment:?}")),
                     progress = format!("{progress:?}"),
                 );
@@ -83,7 +88,7 @@ fn transitions() {
 #[test]
 fn a_round_without_targets_is_complete_from_the_start() {
     let round = round(Method::ClearYoung, 0);
-    assert!(round.is_complete() && !round.young());
+    assert!(round.is_complete() && !round.young() && !round.dirty());
     assert_eq!(round.completed(), Some(at(100)));
     assert_eq!(round.missing().count(), 0);
 }
@@ -92,7 +97,11 @@ fn a_round_without_targets_is_complete_from_the_start() {
 fn a_report_tells_when_its_notice_was_sent_and_when_it_was_resolved() {
     let mut round = round(Method::Invalidate, 2);
     let timing = Some(FlushTiming { received: at(7), flushed: at(9) });
-    round.on_resolved(1, Resolution::Acked { young: false, timing, sent: Some(at(130)) }, at(190));
+    round.on_resolved(
+        1,
+        Resolution::Acked { young: false, dirty: false, timing, sent: Some(at(130)) },
+        at(190),
+    );
     let report = &round.reports()[1];
     assert_eq!(report.sent_after, Some(Duration::from_nanos(30)));
     assert_eq!(report.elapsed, Some(Duration::from_nanos(90)));
@@ -149,6 +158,31 @@ fn young_is_conservative() {
     assert!(round.young(), "but what is told is kept");
 }
 
+/// Until a target that is asked to flush says that it wrote nothing, it counts as one that wrote.
+#[test]
+fn dirty_is_never_under_reported() {
+    let wrote = Resolution::Acked { young: false, dirty: true, timing: None, sent: None };
+    for method in [Method::Invalidate, Method::ClearFlushYoung, Method::Release] {
+        let mut waiting = round(method, 2);
+        waiting.on_resolved(0, acked(true), at(200));
+        assert!(waiting.dirty(), "one has not said");
+        waiting.on_resolved(1, acked(true), at(200));
+        assert!(!waiting.dirty(), "both said no");
+        for word in [Resolution::Left, Resolution::Fenced, wrote] {
+            let mut round = round(method, 2);
+            round.on_resolved(0, acked(false), at(200));
+            round.on_resolved(1, word, at(200));
+            assert!(round.dirty(), "{word:?}");
+            assert_eq!(round.reports().iter().map(|report| report.dirty).collect::<Vec<_>>(), [false, true]);
+        }
+    }
+    let mut asking = round(Method::ClearYoung, 2);
+    asking.on_resolved(0, Resolution::Fenced, at(200));
+    assert!(!asking.dirty(), "nothing was flushed, so nobody asked");
+    asking.on_resolved(1, wrote, at(200));
+    assert!(asking.dirty(), "but what is told is kept");
+}
+
 fn any_resolution() -> impl Strategy<Value = Resolution> {
     (0..RESOLUTIONS.len()).prop_map(|index| RESOLUTIONS[index])
 }
@@ -190,6 +224,11 @@ proptest! {
                 _ => asks_young,
             });
             prop_assert_eq!(round.young(), young);
+            let dirty = oracle.iter().any(|slot| match slot {
+                Some(Resolution::Acked { dirty, .. }) => *dirty,
+                _ => !asks_young,
+            });
+            prop_assert_eq!(round.dirty(), dirty);
         }
         let named: Vec<_> = round.reports().iter().map(|report| (report.session, report.device.clone())).collect();
         prop_assert_eq!(named, targets(count), "fixed at the start, in order");

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use shootdown_client::agent::{Accelerator, AcceleratorConfig, FlushTimeError};
+use shootdown_client::agent::{Accelerator, AcceleratorConfig, FlushTimeError, WritePolicy};
 use shootdown_client::{
     AddrRange, AddressSpaceId, ConnectError, Device, DeviceConfig, DeviceId, DeviceIdError, Endpoint,
     OwnerTag, Reason, SubscribeError, SubscribeOptions, TransportError,
@@ -82,6 +82,8 @@ async fn serve(mut parent: mpsc::Receiver<ToAgent>) -> Result<(), DeviceProcessE
     let accelerator = Accelerator::new(AcceleratorConfig {
         // Every second device keeps copies of pages; the others see what is in the frames.
         cache_pages: if index % 2 == 1 { plan.cache_pages } else { 0 },
+        // The checker wants what a write left in the frame.
+        write_policy: WritePolicy::Through,
         flush_time: plan.flush_time.parse()?,
         seed: plan.seed.wrapping_add(index as u64),
         ..AcceleratorConfig::default()

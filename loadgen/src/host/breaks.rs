@@ -150,6 +150,13 @@ impl<N: Notifier> Breaks<N> {
 
     fn pretend(&self, seq: Option<Seq>, called: Moment) -> RoundResult {
         let times = RoundTimes { called, dispatched: called, resolved: None, answered: self.clock.now() };
-        RoundResult { verdict: Verdict::Quiesced, seq, targets: Vec::new(), young: false, times }
+        RoundResult {
+            verdict: Verdict::Quiesced,
+            seq,
+            targets: Vec::new(),
+            young: false,
+            dirty: false,
+            times,
+        }
     }
 }

@@ -193,6 +193,7 @@ pub(crate) fn wire_result(result: &RoundResult) -> v1::RoundResult {
         seq: result.seq.map_or(0, Seq::get),
         targets: result.targets.iter().map(wire_target).collect(),
         elapsed_ns: nanos(result.times.answered.since(result.times.called)),
+        dirty: result.dirty,
     }
 }
 
@@ -209,6 +210,7 @@ pub(crate) fn wire_target(target: &TargetReport) -> v1::Target {
         .into(),
         elapsed_ns: target.elapsed.map_or(0, nanos),
         young: target.young,
+        dirty: target.dirty,
     }
 }
 

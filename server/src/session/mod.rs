@@ -256,8 +256,8 @@ impl SessionHandle {
     }
 
     /// Young bits are kept, whatever the flush was for: the device has told them, and will not again
-    /// (YoungIsConservative). They may lie outside of the notice. Dirty bits need nothing done: what a
-    /// device wrote is in the frame before its ack, by the contract of the ack.
+    /// (YoungIsConservative). They may lie outside of the notice. Dirty bits are not kept: what a device
+    /// wrote is in the frame before its ack, and the rounds that the ack resolves are told with their targets.
     fn on_report(&self, scope: Scope, report: &FlushReport) {
         let Scope::Range(address_space, _) = scope else { return };
         if !report.young.is_empty()

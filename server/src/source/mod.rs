@@ -82,6 +82,13 @@ pub struct RoundResult {
     pub targets: Vec<TargetReport>,
     /// Whether a target used the range since it was last asked.
     pub young: bool,
+    /// Whether a target wrote the range since it last told. It may say so of a page that nobody wrote, never
+    /// the reverse: where a target was fenced, left, is waited for, or had to flush everything, it counts as
+    /// one that wrote. A `clear_young` does not ask.
+    ///
+    /// A device tells once. What it wrote elsewhere in a flush of everything, or before it left or was fenced,
+    /// no later round tells: a page whose writable grant ended in such a way may be dirty.
+    pub dirty: bool,
     /// When its parts happened.
     pub times: RoundTimes,
 }
@@ -239,6 +246,12 @@ pub enum FaultError {
     /// The mapping is read-only.
     #[error("the mapping at {address:#x} does not allow writes")]
     ReadOnly {
+        /// The first such address.
+        address: u64,
+    },
+    /// The file that is mapped there ends before the page.
+    #[error("the page at {address:#x} is beyond the end of the file that is mapped there")]
+    BeyondEnd {
         /// The first such address.
         address: u64,
     },

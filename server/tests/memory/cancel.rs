@@ -12,16 +12,23 @@ use crate::{PAGE, dma, get, mapped, pages, put};
 
 type Op = fn(Source, AddressSpaceId) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 
-const OPS: [(&str, Op); 5] = [
+const OPS: [(&str, Op); 8] = [
     ("store", |source, space| Box::pin(async move { drop(source.store(space, 0, &[2; 8]).await) })),
     ("fork", |source, space| Box::pin(async move { drop(source.fork(space, "child").await) })),
     ("unmap", |source, space| Box::pin(async move { drop(source.unmap(space, pages(0, 8)).await) })),
     ("dont_need", |source, space| Box::pin(async move { drop(source.dont_need(space, pages(0, 8)).await) })),
+    ("protect", |source, space| {
+        Box::pin(async move { drop(source.protect(space, pages(0, 8), Access::Read).await) })
+    }),
+    ("remap", |source, space| {
+        Box::pin(async move { drop(source.remap(space, pages(0, 8), 600 * PAGE).await) })
+    }),
+    ("snapshot", |source, space| Box::pin(async move { drop(source.snapshot(space).await) })),
     ("exit", |source, space| Box::pin(async move { drop(source.exit(space).await) })),
 ];
 
 /// Polls `op` so many times, with everything else running in between, and drops it.
-async fn poll_and_drop(mut op: Pin<Box<dyn Future<Output = ()> + Send>>, polls: usize) {
+pub(crate) async fn poll_and_drop(mut op: Pin<Box<dyn Future<Output = ()> + Send>>, polls: usize) {
     for _ in 0..polls {
         let done = std::future::poll_fn(|context| Poll::Ready(op.as_mut().poll(context).is_ready())).await;
         if done {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use shootdown_core::{Access, AddressSpaceId};
 use shootdown_proto::message::FrameSpan;
-use shootdown_server::source::memory::MemoryError;
+use shootdown_server::source::memory::{MemoryError, Snapshot};
 
 use crate::recorder::{Recorder, Source, source};
 use crate::{PAGE, pages};
@@ -25,16 +25,25 @@ enum Op {
     Fork { space: usize },
     Unmap { space: usize, first: u64, pages: u64 },
     DontNeed { space: usize, first: u64, pages: u64 },
+    Protect { space: usize, first: u64, pages: u64, access: Access },
+    Remap { space: usize, first: u64, pages: u64, to: u64 },
+    Snapshot { space: usize },
+    DropSnapshot,
     Exit { space: usize },
     Grant { space: usize, page: u64, access: Access },
     DeviceWrites { which: usize, byte: u8 },
 }
+
+/// The bytes of each page, by its number.
+type Picture = Vec<(u64, Vec<u8>)>;
 
 /// What must be in memory: of each address space and each mapped page, what may be done and its bytes.
 #[derive(Default)]
 struct Oracle {
     spaces: Vec<AddressSpaceId>,
     pages: BTreeMap<(AddressSpaceId, u64), (Access, Vec<u8>)>,
+    /// Pictures that were taken, and what was there.
+    snapshots: Vec<(Snapshot, Picture)>,
 }
 
 fn any_op() -> impl Strategy<Value = Op> {
@@ -53,7 +62,13 @@ fn any_op() -> impl Strategy<Value = Op> {
             .prop_map(|(space, (at, length))| Op::Load { space, at: FIRST * PAGE + at, length }),
         2 => space.clone().prop_map(|space| Op::Fork { space }),
         3 => (space.clone(), run.clone()).prop_map(|(space, (first, pages))| Op::Unmap { space, first, pages }),
-        3 => (space.clone(), run).prop_map(|(space, (first, pages))| Op::DontNeed { space, first, pages }),
+        3 => (space.clone(), run.clone()).prop_map(|(space, (first, pages))| Op::DontNeed { space, first, pages }),
+        4 => (space.clone(), run.clone(), access.clone())
+            .prop_map(|(space, (first, pages), access)| Op::Protect { space, first, pages, access }),
+        4 => (space.clone(), run, 0..PAGES)
+            .prop_map(|(space, (first, pages), to)| Op::Remap { space, first, pages, to: FIRST + to }),
+        2 => space.clone().prop_map(|space| Op::Snapshot { space }),
+        1 => Just(Op::DropSnapshot),
         1 => space.clone().prop_map(|space| Op::Exit { space }),
         5 => (space, 0..PAGES, access).prop_map(|(space, page, access)| Op::Grant { space, page: FIRST + page, access }),
         3 => (0..8usize, any::<u8>()).prop_map(|(which, byte)| Op::DeviceWrites { which, byte }),
@@ -141,6 +156,9 @@ async fn apply(source: &Source, recorder: &Recorder, oracle: &mut Oracle, op: Op
                 oracle.fill(space, first * PAGE, (count * PAGE) as usize, 0);
             }
         }
+        Op::Protect { .. } | Op::Remap { .. } | Op::Snapshot { .. } | Op::DropSnapshot => {
+            apply_to_layout(source, oracle, op).await;
+        }
         Op::Exit { space } => {
             let Some(space) = oracle.space(space) else { return };
             source.exit(space).await.unwrap();
@@ -166,6 +184,44 @@ async fn apply(source: &Source, recorder: &Recorder, oracle: &mut Oracle, op: Op
     }
 }
 
+/// What keeps every page: it allows something else, is elsewhere, or has its picture taken.
+async fn apply_to_layout(source: &Source, oracle: &mut Oracle, op: Op) {
+    match op {
+        Op::Protect { space, first, pages: count, access } => {
+            let Some(space) = oracle.space(space) else { return };
+            let mapped = oracle.allows(space, first..first + count, Access::Read);
+            let result = source.protect(space, pages(first, first + count), access).await;
+            assert_eq!(result.is_ok(), mapped, "{result:?}");
+            for page in first..first + count {
+                if let Some((allowed, _)) = oracle.pages.get_mut(&(space, page)).filter(|_| mapped) {
+                    *allowed = access;
+                }
+            }
+        }
+        Op::Remap { space, first, pages: count, to } => {
+            let Some(space) = oracle.space(space) else { return };
+            let mapped = oracle.allows(space, first..first + count, Access::Read);
+            let apart = first + count <= to || to + count <= first;
+            let result = source.remap(space, pages(first, first + count), to * PAGE).await;
+            assert_eq!(result.is_ok(), mapped && apart, "{result:?}");
+            if result.is_ok() {
+                for page in 0..count {
+                    let kept = oracle.pages.remove(&(space, first + page)).unwrap();
+                    oracle.pages.insert((space, to + page), kept);
+                }
+            }
+        }
+        Op::Snapshot { space } => {
+            let Some(space) = oracle.space(space).filter(|_| oracle.snapshots.len() < 2) else { return };
+            let of_space = oracle.pages.range((space, 0)..=(space, u64::MAX));
+            let kept = of_space.map(|((_, page), (_, bytes))| (*page, bytes.clone())).collect();
+            oracle.snapshots.push((source.snapshot(space).await.unwrap(), kept));
+        }
+        Op::DropSnapshot => drop(oracle.snapshots.pop()),
+        other => unreachable!("{other:?}"),
+    }
+}
+
 /// What each device reads through what it holds is what the host has there.
 fn check_devices(recorder: &Recorder, oracle: &Oracle) {
     recorder.with_grants(|grants| {
@@ -175,20 +231,36 @@ fn check_devices(recorder: &Recorder, oracle: &Oracle) {
             recorder.frames().read(&[span], &mut out).unwrap();
             let kept = oracle.pages.get(&(*space, address / PAGE));
             assert_eq!(Some(&out[..]), kept.map(|(_, bytes)| &bytes[..]), "a stale translation");
+            assert!(kept.is_some_and(|(allowed, _)| grant.access <= *allowed), "leave that was withdrawn");
         }
     });
+}
+
+fn check_snapshots(oracle: &Oracle) {
+    for (snapshot, kept) in &oracle.snapshots {
+        for (page, bytes) in kept {
+            assert_eq!(snapshot.load(page * PAGE, PAGE as usize).unwrap()[..], bytes[..]);
+        }
+        let mapped: u64 = snapshot.ranges().iter().map(|range| range.length().unwrap() / PAGE).sum();
+        assert_eq!(mapped as usize, kept.len());
+    }
 }
 
 async fn run(ops: Vec<Op>, seed: u64) {
     let (source, recorder): (Source, Arc<Recorder>) = source(256);
     recorder.yield_at_random(seed);
     let mut oracle = Oracle::default();
-    for op in ops {
+    // Without an address space nothing happens, and random operations seldom begin with one.
+    let begin = [Op::Create, Op::Map { space: 0, first: FIRST, pages: PAGES / 2, access: Access::Write }];
+    for op in begin.into_iter().chain(ops) {
         apply(&source, &recorder, &mut oracle, op).await;
         check_devices(&recorder, &oracle);
+        check_snapshots(&oracle);
         let stats = source.stats();
         assert_eq!((stats.quarantined, stats.operations, recorder.open_brackets()), (0, 0, 0));
-        assert!(stats.frames_in_use <= stats.mapped_pages && stats.mapped_pages <= oracle.pages.len());
+        let pictured: usize = oracle.snapshots.iter().map(|(_, kept)| kept.len()).sum();
+        assert!(stats.frames_in_use <= stats.mapped_pages + pictured);
+        assert!(stats.mapped_pages <= oracle.pages.len());
     }
     for ((space, page), (_, kept)) in &oracle.pages {
         assert_eq!(source.load(*space, page * PAGE, PAGE as usize).await.unwrap()[..], kept[..]);
@@ -196,6 +268,7 @@ async fn run(ops: Vec<Op>, seed: u64) {
     for space in oracle.spaces {
         source.exit(space).await.unwrap();
     }
+    drop(oracle.snapshots);
     assert_eq!(source.stats(), Default::default());
     assert_eq!(recorder.frames().broken_poison(), 0);
 }

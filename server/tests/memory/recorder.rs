@@ -5,8 +5,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use shootdown_core::{Access, AddrRange, AddressSpaceId, Cause, Moment, PageSize, Seq, Translation};
-use shootdown_server::source::memory::{FrameStore, MemoryConfig, MemorySource, MemoryStats};
+use shootdown_core::{
+    Access, AddrRange, AddressSpaceId, Cause, FrameNumber, Moment, PageSize, Seq, Translation,
+};
+use shootdown_proto::message::FrameSpan;
+use shootdown_server::source::memory::{FrameStore, MemoryConfig, MemorySource, MemoryStats, Twin};
 use shootdown_server::source::{
     Invalidation, Notifier, NotifyError, RoundResult, RoundTimes, Translate, Verdict, Wait,
 };
@@ -20,6 +23,10 @@ pub(crate) enum Method {
     RangeStart(Cause),
     RangeEnd,
     Page(Cause),
+    ClearFlushYoung,
+    ClearYoung,
+    ChangePte(FrameNumber),
+    TestYoung,
     Release,
 }
 
@@ -32,6 +39,16 @@ pub(crate) struct Call {
     pub(crate) stats: MemoryStats,
     /// Of the frame at the first address of the range.
     pub(crate) generation: Option<u64>,
+    /// Whose call it is.
+    pub(crate) twin: Option<Twin>,
+}
+
+/// Whether devices report that they used a page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum Reports {
+    #[default]
+    Young,
+    Nothing,
 }
 
 /// How the next call that can be answered is answered.
@@ -40,6 +57,8 @@ pub(crate) enum Answer {
     Quiesced,
     /// Quiesced, once the test opens the gate.
     Held,
+    /// Quiesced, once the test opens the last gate too.
+    HeldLonger,
     NotQuiesced,
     HeldNotQuiesced,
     Refused,
@@ -52,11 +71,19 @@ pub(crate) struct Recorder {
     frames: Arc<FrameStore>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// How often a device faults before it is taken for stuck. While a bracket is open each is a mere look, and the
+/// thread that is to close it may be without a core for a while.
+const TRIES: usize = 5_000_000;
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd)]
 enum Gate {
     Shut,
     Open,
+    /// For those too that are held longer.
+    Wide,
 }
+
+type Meanwhile = Arc<dyn Fn(&Recorder, Method, AddressSpaceId, AddrRange) + Send + Sync>;
 
 #[derive(Default)]
 struct State {
@@ -73,6 +100,11 @@ struct State {
     open: BTreeMap<Seq, (AddressSpaceId, AddrRange)>,
     /// What the devices hold.
     grants: BTreeMap<(AddressSpaceId, u64), Translation>,
+    /// What the devices used since they were last asked.
+    young: BTreeSet<(AddressSpaceId, u64)>,
+    reports: Reports,
+    /// What devices do while a round is in progress, before they stop.
+    meanwhile: Option<Meanwhile>,
     /// Of a random stream: how often a round yields before it is over.
     random: Option<u64>,
 }
@@ -83,6 +115,14 @@ pub(crate) fn source(frames: usize) -> (Source, Arc<Recorder>) {
 }
 
 pub(crate) fn source_on(frames: Arc<FrameStore>) -> (Source, Arc<Recorder>) {
+    source_with(frames, |_| {})
+}
+
+/// A source whose configuration is changed first.
+pub(crate) fn source_with(
+    frames: Arc<FrameStore>,
+    change: impl FnOnce(&mut MemoryConfig),
+) -> (Source, Arc<Recorder>) {
     let recorder = Arc::new(Recorder {
         state: Mutex::default(),
         gate: watch::Sender::new(Gate::Shut),
@@ -94,6 +134,8 @@ pub(crate) fn source_on(frames: Arc<FrameStore>) -> (Source, Arc<Recorder>) {
     let mut config = MemoryConfig::new(now, tokio::runtime::Handle::current());
     config.zap_block_pages = 4;
     config.most_mappings = 64;
+    config.huge_page_pages = 8;
+    change(&mut config);
     let source = MemorySource::new(Arc::clone(&recorder), frames, config);
     assert!(recorder.source.set(source.clone()).is_ok());
     (source, recorder)
@@ -130,8 +172,39 @@ impl Recorder {
         self.state.lock().random = Some(seed | 1);
     }
 
+    /// A device uses what it holds of a page; whether it holds it.
+    pub(crate) fn uses(&self, space: AddressSpaceId, page: u64) -> bool {
+        let state = &mut *self.state.lock();
+        let held = state.grants.contains_key(&(space, page));
+        if held {
+            state.young.insert((space, page));
+        }
+        held
+    }
+
+    /// A device used a page, whatever it holds of it now.
+    pub(crate) fn used(&self, space: AddressSpaceId, page: u64) {
+        self.state.lock().young.insert((space, page));
+    }
+
+    pub(crate) fn report(&self, reports: Reports) {
+        self.state.lock().reports = reports;
+    }
+
     pub(crate) fn open_gate(&self) {
         self.gate.send_replace(Gate::Open);
+    }
+
+    pub(crate) fn open_last_gate(&self) {
+        self.gate.send_replace(Gate::Wide);
+    }
+
+    /// Devices do this in each round from now on, before they stop: no grant of theirs is withdrawn yet.
+    pub(crate) fn meanwhile(
+        &self,
+        act: impl Fn(&Self, Method, AddressSpaceId, AddrRange) + Send + Sync + 'static,
+    ) {
+        self.state.lock().meanwhile = Some(Arc::new(act));
     }
 
     pub(crate) fn calls(&self) -> Vec<Call> {
@@ -159,14 +232,21 @@ impl Recorder {
         access: Access,
     ) -> Option<Translation> {
         let range = AddrRange::page_of(page, PageSize::BASE);
-        for _ in 0..10_000 {
-            let before = self.state.lock().seq;
+        for _ in 0..TRIES {
+            let overlaps = |(id, open): &(AddressSpaceId, AddrRange)| *id == space && open.overlaps(range);
+            let (before, held) = {
+                let state = self.state.lock();
+                (state.seq, state.open.values().any(overlaps))
+            };
+            if held {
+                // What is answered inside a bracket may be of a page that goes before its end.
+                tokio::task::yield_now().await;
+                continue;
+            }
             let source = self.source.get().unwrap();
             let translation = source.fault(space, range, access).await.ok()?[0];
             {
                 let mut state = self.state.lock();
-                let overlaps =
-                    |(id, open): &(AddressSpaceId, AddrRange)| *id == space && open.overlaps(range);
                 if state.released.contains(&space) {
                     return None;
                 }
@@ -204,7 +284,21 @@ impl Recorder {
     fn record(&self, method: Method, space: AddressSpaceId, range: AddrRange) {
         let source = self.source.get().unwrap();
         let (stats, generation) = (source.stats(), source.generation(space, range.start()));
-        self.state.lock().calls.push(Call { method, space, range, stats, generation });
+        let twin = Twin::current();
+        self.state.lock().calls.push(Call { method, space, range, stats, generation, twin });
+    }
+
+    /// What devices hold of a page that is replaced is read-only, and has the bytes of what replaces it.
+    fn check_replacement(&self, space: AddressSpaceId, translation: Translation) {
+        let held = self.state.lock().grants.get(&(space, translation.range.start())).copied();
+        let Some(held) = held else { return };
+        assert_eq!(held.access, Access::Read, "a device may write to a page that is replaced");
+        let bytes = [held.frame, translation.frame].map(|frame| {
+            let mut out = bytes::BytesMut::new();
+            self.frames.read(&[FrameSpan { frame, offset: 0, length: 4096 }], &mut out).unwrap();
+            out
+        });
+        assert!(bytes[0] == bytes[1], "a page is replaced by another that is not equal");
     }
 
     async fn round(
@@ -215,7 +309,7 @@ impl Recorder {
     ) -> Result<RoundResult, NotifyError> {
         self.record(method, space, range);
         let called = self.tick();
-        let (answer, seq, yields) = {
+        let (answer, seq, number, alone, yields) = {
             let mut state = self.state.lock();
             let answer = state.answers.pop_front().unwrap_or(Answer::Quiesced);
             if answer == Answer::Refused {
@@ -231,20 +325,43 @@ impl Recorder {
             let number = state.seq;
             state.rounds.push((number, (space, range)));
             let seq = Seq::new(number).unwrap();
+            let alone = !state.open.values().any(|(id, open)| *id == space && open.overlaps(range));
             state.open.insert(seq, (space, range));
-            (answer, seq, state.next_random() % 4)
+            (answer, seq, number, alone, state.next_random() % 4)
         };
         for _ in 0..yields {
             tokio::task::yield_now().await;
         }
-        if matches!(answer, Answer::Held | Answer::HeldNotQuiesced) {
-            self.gate.subscribe().wait_for(|gate| *gate == Gate::Open).await.unwrap();
+        let meanwhile = self.state.lock().meanwhile.clone();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile(self, method, space, range);
         }
+        let opened = match answer {
+            Answer::Held | Answer::HeldNotQuiesced => Gate::Open,
+            Answer::HeldLonger => Gate::Wide,
+            Answer::Quiesced | Answer::NotQuiesced | Answer::Refused => Gate::Shut,
+        };
+        self.gate.subscribe().wait_for(|gate| *gate >= opened).await.unwrap();
         let overlaps = |(id, page): (AddressSpaceId, u64)| id == space && range.contains_address(page);
         let mut state = self.state.lock();
-        if answer.is_quiesced() {
-            state.grants.retain(|place, _| !overlaps(*place));
+        let is_later = |(seq, (id, other)): &(u64, (AddressSpaceId, AddrRange))| {
+            *seq > number && *id == space && other.overlaps(range)
+        };
+        match method {
+            // A hint: with another bracket over the page, before it or after, it is an invalidation.
+            Method::ChangePte(frame) if alone && !state.rounds.iter().rev().any(is_later) => {
+                if answer.is_quiesced()
+                    && let Some(grant) = state.grants.get_mut(&(space, range.start()))
+                {
+                    grant.frame = frame;
+                }
+            }
+            Method::ClearYoung => {}
+            _ if answer.is_quiesced() => state.grants.retain(|place, _| !overlaps(*place)),
+            _ => {}
         }
+        let used = state.young.extract_if(.., |place| overlaps(*place)).count() > 0;
+        let young = used && state.reports == Reports::Young;
         if !matches!(method, Method::RangeStart(_)) {
             state.open.remove(&seq);
         }
@@ -252,13 +369,13 @@ impl Recorder {
         let verdict = if answer.is_quiesced() { Verdict::Quiesced } else { Verdict::NotQuiesced };
         let answered = self.tick();
         let times = RoundTimes { called, dispatched: called, resolved: Some(answered), answered };
-        Ok(RoundResult { verdict, seq: Some(seq), targets: Vec::new(), young: false, times })
+        Ok(RoundResult { verdict, seq: Some(seq), targets: Vec::new(), young, dirty: false, times })
     }
 }
 
 impl Answer {
     fn is_quiesced(self) -> bool {
-        matches!(self, Self::Quiesced | Self::Held)
+        matches!(self, Self::Quiesced | Self::Held | Self::HeldLonger)
     }
 }
 
@@ -311,33 +428,39 @@ impl Notifier for Recorder {
 
     async fn change_pte(
         &self,
-        _: AddressSpaceId,
-        _: Translation,
-        _: Wait,
+        space: AddressSpaceId,
+        translation: Translation,
+        wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        unreachable!("no path here calls it")
+        assert_eq!(wait, Wait::ForTargets);
+        assert_eq!(translation.access, Access::Read);
+        self.check_replacement(space, translation);
+        self.round(Method::ChangePte(translation.frame), space, translation.range).await
     }
 
     async fn clear_flush_young(
         &self,
-        _: AddressSpaceId,
-        _: AddrRange,
-        _: Wait,
+        space: AddressSpaceId,
+        range: AddrRange,
+        wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        unreachable!("no path here calls it")
+        assert_eq!(wait, Wait::ForTargets);
+        self.round(Method::ClearFlushYoung, space, range).await
     }
 
     async fn clear_young(
         &self,
-        _: AddressSpaceId,
-        _: AddrRange,
-        _: Wait,
+        space: AddressSpaceId,
+        range: AddrRange,
+        wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        unreachable!("no path here calls it")
+        assert_eq!(wait, Wait::ForTargets);
+        self.round(Method::ClearYoung, space, range).await
     }
 
-    fn test_young(&self, _: AddressSpaceId, _: AddrRange) -> Result<bool, NotifyError> {
-        unreachable!("no path here calls it")
+    fn test_young(&self, space: AddressSpaceId, range: AddrRange) -> Result<bool, NotifyError> {
+        self.record(Method::TestYoung, space, range);
+        Ok(self.state.lock().young.iter().any(|(id, page)| *id == space && range.contains_address(*page)))
     }
 
     async fn release(&self, space: AddressSpaceId) -> Result<RoundResult, NotifyError> {

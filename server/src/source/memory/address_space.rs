@@ -3,16 +3,19 @@
 //! Locks, in the order in which they are taken; none is held over an await:
 //!
 //! ```text
-//!   layout (mmap_lock) -> directory of tables -> page table (pte_lockptr) -> ledger of the frame store
+//!   layout (mmap_lock) -> directory of tables -> page table (pte_lockptr)
+//!       -> page cache of a file (i_pages) -> LRU (lru_lock) -> ledger of the frame store
+//!   layout -> places of an object (rmap lock)
+//!   layout -> page cache, when the last mapping of a file goes
 //!   turns, quarantine: taken alone
 //! ```
 //!
 //! What the kernel's `mmap_lock` excludes while it is held over a wait, a [`Claim`] on the range excludes
-//! here: unmap, dont_need and fork wait for those before them whose ranges overlap. Access and faults
-//! take no claim, for a device may have to fault on while it is waited for.
+//! here: unmap, dont_need, protect, remap, fork and snapshot wait for those before them whose ranges overlap.
+//! Access and faults take no claim, for a device may have to fault on while it is waited for.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
 use shootdown_core::{Access, AddrRange, AddressSpaceId};
@@ -23,12 +26,14 @@ use super::frame::{FrameRef, FrameStore};
 use super::gather::Quiesced;
 use super::outcome::AddressSpaceStats;
 use super::page_table::Tables;
+use super::pool::Pool;
 use super::vma::Vmas;
 
 #[derive(Debug)]
 pub(super) struct AddressSpace {
     pub(super) id: AddressSpaceId,
     pub(super) frames: Arc<FrameStore>,
+    pub(super) pool: Arc<Pool>,
     pub(super) layout: RwLock<Layout>,
     pub(super) tables: Tables,
     turns: Mutex<Turns>,
@@ -50,6 +55,8 @@ pub(super) enum Door {
     Open,
     /// Exit has begun: nothing else does.
     Closed,
+    /// Nothing is in progress any more, and the notifier's release is.
+    Releasing,
 }
 
 /// Who is at work.
@@ -59,7 +66,7 @@ struct Turns {
     users: usize,
     last_ticket: u64,
     /// Claims that are held or waited for; the lower ticket goes first.
-    claims: BTreeMap<u64, AddrRange>,
+    claims: BTreeMap<u64, [AddrRange; 2]>,
 }
 
 /// An operation in progress (`mmget`).
@@ -68,7 +75,7 @@ pub(super) struct User {
     pub(super) space: Arc<AddressSpace>,
 }
 
-/// The sole right to change what is mapped in a range. Ends when dropped, as does the wait for it.
+/// The sole right to change what is mapped in a range, or in two. Ends when dropped, as does the wait for it.
 #[derive(Debug)]
 pub(super) struct Claim<'a> {
     space: &'a AddressSpace,
@@ -76,16 +83,20 @@ pub(super) struct Claim<'a> {
 }
 
 impl AddressSpace {
-    pub(super) fn new(id: AddressSpaceId, frames: Arc<FrameStore>, vmas: Vmas, tables: Tables) -> Self {
-        Self {
-            id,
-            frames,
-            layout: RwLock::new(Layout { vmas, door: Door::Open }),
-            tables,
-            turns: Mutex::default(),
-            quarantine: Mutex::default(),
-            changed: Notify::new(),
-        }
+    pub(super) fn new(id: AddressSpaceId, pool: Arc<Pool>, mut vmas: Vmas, tables: Tables) -> Arc<Self> {
+        Arc::new_cyclic(|space| {
+            vmas.belong_to(Weak::clone(space), id);
+            Self {
+                id,
+                frames: Arc::clone(&pool.frames),
+                pool,
+                layout: RwLock::new(Layout { vmas, door: Door::Open }),
+                tables,
+                turns: Mutex::default(),
+                quarantine: Mutex::default(),
+                changed: Notify::new(),
+            }
+        })
     }
 
     /// Begins an operation that exit has to wait for.
@@ -95,6 +106,47 @@ impl AddressSpace {
         // Under the layout's lock: exit closes the door under it, and counts the users after that.
         self.turns.lock().users += 1;
         Ok(User { space: Arc::clone(self) })
+    }
+
+    /// Begins an operation on the address space for the sake of another, in one that is coming to its end too:
+    /// its devices can be told until its release begins, and are waited for after that. `None` when it has ended.
+    ///
+    /// # Cancel safety
+    /// It may be dropped at any time.
+    pub(super) async fn visit(self: &Arc<Self>) -> Option<User> {
+        let entered = Mutex::new(None);
+        self.wait_until(|| {
+            let layout = self.layout.read();
+            match layout.door {
+                Door::Releasing => layout.vmas.len() == 0,
+                Door::Open | Door::Closed => {
+                    self.turns.lock().users += 1;
+                    *entered.lock() = Some(User { space: Arc::clone(self) });
+                    true
+                }
+            }
+        })
+        .await;
+        entered.into_inner()
+    }
+
+    /// Shuts the door behind the last user: no operation is in progress, and none begins.
+    pub(super) async fn shut(&self) {
+        self.wait_until(|| {
+            let mut layout = self.layout.write();
+            let gone = self.turns.lock().users == 0;
+            if gone {
+                layout.door = Door::Releasing;
+            }
+            gone
+        })
+        .await;
+    }
+
+    /// The door is so from now on; who waits for it looks again.
+    pub(super) fn set_door(&self, door: Door) {
+        self.layout.write().door = door;
+        self.changed.notify_waiters();
     }
 
     /// Whether all of `range` may be touched so.
@@ -109,24 +161,32 @@ impl AddressSpace {
     /// # Cancel safety
     /// A wait that is dropped gives up its place.
     pub(super) async fn claim(&self, range: AddrRange) -> Claim<'_> {
+        self.claim_both(range, range).await
+    }
+
+    /// As [`AddressSpace::claim`], on two ranges with one place in the queue. Nobody holds one of them while
+    /// it waits for the other, and waits go to lower tickets only: they make no circle.
+    ///
+    /// # Cancel safety
+    /// A wait that is dropped gives up its place.
+    pub(super) async fn claim_both(&self, first: AddrRange, second: AddrRange) -> Claim<'_> {
+        let ranges = [first, second];
+        let overlaps = |earlier: &[AddrRange; 2]| {
+            earlier.iter().any(|earlier| ranges.iter().any(|range| earlier.overlaps(*range)))
+        };
         let claim = {
             let mut turns = self.turns.lock();
             turns.last_ticket += 1;
             let ticket = turns.last_ticket;
-            turns.claims.insert(ticket, range);
+            turns.claims.insert(ticket, ranges);
             Claim { space: self, ticket }
         };
         self.wait_until(|| {
             let turns = self.turns.lock();
-            !turns.claims.range(..claim.ticket).any(|(_, earlier)| earlier.overlaps(range))
+            !turns.claims.range(..claim.ticket).any(|(_, earlier)| overlaps(earlier))
         })
         .await;
         claim
-    }
-
-    /// Waits until no operation is in progress.
-    pub(super) async fn users_gone(&self) {
-        self.wait_until(|| self.turns.lock().users == 0).await;
     }
 
     /// Waits for a state that somebody announces on `changed`.
@@ -156,10 +216,17 @@ impl AddressSpace {
 
     pub(super) fn stats(&self) -> AddressSpaceStats {
         let mappings = self.layout.read().vmas.len();
-        let (page_tables, mapped_pages) = self.tables.count();
+        let count = self.tables.count();
         let quarantined = self.quarantine.lock().len();
         let operations = self.turns.lock().users;
-        AddressSpaceStats { mappings, mapped_pages, page_tables, quarantined, operations }
+        AddressSpaceStats {
+            mappings,
+            mapped_pages: count.present,
+            swapped_pages: count.swapped,
+            page_tables: count.tables,
+            quarantined,
+            operations,
+        }
     }
 }
 
@@ -167,7 +234,7 @@ impl Layout {
     pub(super) fn check_door(&self, id: AddressSpaceId) -> Result<(), MemoryError> {
         match self.door {
             Door::Open => Ok(()),
-            Door::Closed => Err(MemoryError::Exiting(id)),
+            Door::Closed | Door::Releasing => Err(MemoryError::Exiting(id)),
         }
     }
 }
@@ -194,8 +261,8 @@ mod tests {
     use super::*;
 
     fn space() -> Arc<AddressSpace> {
-        let frames = FrameStore::new(1).unwrap();
-        Arc::new(AddressSpace::new(AddressSpaceId::FIRST, frames, Vmas::new(1), Tables::default()))
+        let pool = Pool::new(FrameStore::new(1).unwrap(), None, 1);
+        AddressSpace::new(AddressSpaceId::FIRST, pool, Vmas::new(1), Tables::default())
     }
 
     fn pages(first: u64, end: u64) -> AddrRange {
@@ -221,5 +288,25 @@ mod tests {
         drop(first);
         assert!(second.as_mut().poll(&mut context).is_ready());
         assert_eq!(space.turns.lock().claims.len(), 1, "a wait that was dropped left no place behind");
+    }
+
+    #[test]
+    fn a_claim_on_two_ranges_waits_for_both_and_holds_neither_meanwhile() {
+        let space = space();
+        let mut context = Context::from_waker(Waker::noop());
+        let Poll::Ready(low) = pin!(space.claim(pages(0, 1))).poll(&mut context) else { panic!() };
+        let Poll::Ready(high) = pin!(space.claim(pages(8, 9))).poll(&mut context) else { panic!() };
+        let mut both = pin!(space.claim_both(pages(8, 9), pages(0, 1)));
+        assert!(both.as_mut().poll(&mut context).is_pending());
+        let mut other_way = pin!(space.claim_both(pages(0, 1), pages(8, 9)));
+        assert!(other_way.as_mut().poll(&mut context).is_pending());
+        let Poll::Ready(_between) = pin!(space.claim(pages(4, 5))).poll(&mut context) else { panic!() };
+        drop(low);
+        assert!(both.as_mut().poll(&mut context).is_pending());
+        drop(high);
+        let Poll::Ready(first) = both.as_mut().poll(&mut context) else { panic!("both are free") };
+        assert!(other_way.as_mut().poll(&mut context).is_pending());
+        drop(first);
+        assert!(other_way.as_mut().poll(&mut context).is_ready());
     }
 }

@@ -26,16 +26,18 @@ use super::address_space::AddressSpace;
 use super::error::MemoryError;
 use super::frame::{FrameLife, FrameRef};
 use super::gather::Quiesced;
+use super::lru::List;
 use super::outcome::CopiedPage;
 use super::page_table::{Entry, Stage};
 use crate::source::{Notifier, Wait};
 
 /// How a copy on write ended.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) enum Broken {
     Copied(CopiedPage),
     LostRace,
     /// The entry is not shared any more.
+    #[default]
     NotNeeded,
 }
 
@@ -115,9 +117,7 @@ impl<'a> Replacement<'a> {
     /// Puts the copy in the entry's place if that is still the entry that was copied.
     fn install(&mut self) -> bool {
         let layout = self.space.layout.read();
-        if layout.vmas.allowing(self.page, Access::Write).is_err() {
-            return false;
-        }
+        let Ok(vma) = layout.vmas.allowing(self.page, Access::Write) else { return false };
         let Some(table) = self.space.tables.get(self.page) else { return false };
         let mut entries = table.lock();
         let orig_pte = |entry: &&mut Entry| entry.is_life(self.old) && entry.allows == Access::Read;
@@ -126,6 +126,8 @@ impl<'a> Replacement<'a> {
         self.replaced = Some(std::mem::replace(&mut entry.frame, copy));
         entry.allows = Access::Write;
         entry.stage = Stage::Settling;
+        entry.mark(Access::Write);
+        self.space.pool.lru.add(self.new, vma.owner_of(self.page), List::Active);
         true
     }
 

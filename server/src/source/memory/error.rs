@@ -6,6 +6,7 @@ use std::sync::Arc;
 use shootdown_core::{AddrRange, AddressSpaceId, RangeError};
 
 use super::frame::FrameError;
+use super::swap::SwapError;
 use crate::source::{FaultError, NotifyError, Verdict};
 
 /// Why an operation on an address space failed.
@@ -20,6 +21,14 @@ pub enum MemoryError {
     /// The range is empty, wraps, or does not consist of whole pages.
     #[error("the range cannot be used")]
     Range(#[from] RangeError),
+    /// A collapse was asked for of something else than one huge page.
+    #[error("{range} is not one huge page: {pages} pages, from a multiple of that on")]
+    NotAHugePage {
+        /// What was asked for.
+        range: AddrRange,
+        /// How many pages a huge page has.
+        pages: usize,
+    },
     /// Nothing is mapped there, or what is mapped is being unmapped.
     #[error("nothing is mapped at {address:#x}")]
     Unmapped {
@@ -44,6 +53,20 @@ pub enum MemoryError {
         /// The first such address.
         address: u64,
     },
+    /// The mapping is locked in memory: its pages are not dropped while it stays. Unlock it first.
+    #[error("the mapping at {address:#x} is locked in memory; unlock it first")]
+    Locked {
+        /// The first such address.
+        address: u64,
+    },
+    /// The place that memory was to be moved to overlaps the one where it is.
+    #[error("{old} cannot move to {new}, which overlaps it")]
+    Overlap {
+        /// Where it is.
+        old: AddrRange,
+        /// Where it was to go.
+        new: AddrRange,
+    },
     /// There are as many mappings as there may be.
     #[error(
         "there are {most} mappings, as many as an address space may have, or splitting one would pass that"
@@ -66,6 +89,18 @@ pub enum MemoryError {
     /// The frame store has no frame, or failed.
     #[error("the frame store refused")]
     Frame(#[from] FrameError),
+    /// The swap file has no room, or failed. The page is kept.
+    #[error("the page could not be swapped")]
+    Swap(#[from] SwapError),
+    /// The file ends before the page (`SIGBUS`).
+    #[error("the page at {address:#x} is beyond the end of the file that is mapped there")]
+    BeyondEnd {
+        /// The first such address.
+        address: u64,
+    },
+    /// A file that is mapped could not be read, written or cut. Its pages are kept, and as dirty as they were.
+    #[error("the file could not be read or written")]
+    File(#[source] Arc<io::Error>),
     /// The task that carried the operation ended too early: its runtime stopped, or it panicked. What it
     /// held is kept.
     #[error("the task that carried the operation was ended; what it held is kept")]
@@ -81,6 +116,10 @@ impl MemoryError {
             Self::ReadOnly { address } => FaultError::ReadOnly { address },
             Self::Frame(FrameError::OutOfMemory { frames }) => FaultError::OutOfMemory { frames },
             Self::Frame(FrameError::Memory(error)) => FaultError::Store(error),
+            Self::Swap(SwapError::Full { slots }) => FaultError::OutOfMemory { frames: slots },
+            Self::Swap(SwapError::File(error)) => FaultError::Store(error),
+            Self::BeyondEnd { address } => FaultError::BeyondEnd { address },
+            Self::File(error) => FaultError::Store(error),
             Self::Notify(error) => FaultError::Notify(error),
             Self::TaskEnded => FaultError::Notify(NotifyError::Stopping),
             other => FaultError::Store(Arc::new(io::Error::other(other))),

@@ -33,15 +33,22 @@ pub(super) async fn exit<N: Notifier>(
         layout.check_door(space.id)?;
         layout.door = Door::Closed;
     }
-    space.users_gone().await;
+    space.shut().await;
     let round = match inner.notifier.release(space.id).await {
         Ok(round) => round,
         Err(error) => {
-            space.layout.write().door = Door::Open;
+            space.set_door(Door::Open);
             return Err(MemoryError::Notify(error));
         }
     };
-    let proof = Quiesced::judge(AddrRange::ALL, &round)?;
+    let proof = match Quiesced::judge(AddrRange::ALL, &round) {
+        Ok(proof) => proof,
+        Err(error) => {
+            // Nobody need wait for an end that does not come.
+            space.set_door(Door::Closed);
+            return Err(error);
+        }
+    };
 
     let leaving = space.layout.write().vmas.leave_all();
     let mut gather = Gather::new(Arc::clone(space), inner.config.zap_block_pages);
@@ -53,6 +60,7 @@ pub(super) async fn exit<N: Notifier>(
     tally.frames += space.free_quarantine(&proof);
     let freed = (inner.config.now)();
     free_pgtables(space, &leaving).await;
+    space.changed.notify_waiters();
     inner.spaces.write().remove(&space.id);
     Ok(Released::new(tally, round, freed))
 }

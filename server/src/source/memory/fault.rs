@@ -2,8 +2,8 @@
 //! the branch of `do_wp_page` that reuses the page.
 //!
 //! Everything here happens under the layout's read lock and the page-table lock, and nothing here waits.
-//! What has to wait is answered as [`Touch::Settling`] or [`Touch::Shared`]; the caller does it without a
-//! lock and touches again.
+//! What has to wait is answered as an [`Obstacle`]; the caller removes it without a lock and touches
+//! again.
 //!
 //! Races of a device's fault, and what makes each safe. The answer is only a proposal: the host agent
 //! grants it unless an overlapping bracket is open or has begun since the fault arrived, else it asks
@@ -18,13 +18,14 @@
 //!   of that round. Computed after the change, it is of the new frame, and waits until the entry has
 //!   settled, or the device could write there while another still reads the old frame.
 
-use shootdown_core::{Access, FrameNumber};
+use shootdown_core::{Access, FrameNumber, PageSize};
 
 use super::address_space::AddressSpace;
 use super::error::MemoryError;
 use super::frame::FrameError;
+use super::lru::List;
 use super::outcome::StoreBranch;
-use super::page_table::{Entry, Stage};
+use super::page_table::{Entry, Slot, Stage};
 
 /// Who touches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,10 +39,24 @@ pub(super) enum By {
 pub(super) enum Touch<T> {
     /// It was allowed, by this branch.
     Done(StoreBranch, T),
-    /// The entry has replaced another, and devices may still use that one: wait until it has settled.
+    /// Something has to be done first, without a lock.
+    Obstacle(Obstacle),
+}
+
+/// What stands in the way of a touch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Obstacle {
+    /// The entry has replaced another, and devices may still use that one, or its page is on its way
+    /// elsewhere: wait until it has settled.
     Settling,
     /// A write, and the frame is shared: `do_wp_page` has to copy it.
     Shared,
+    /// As many frames are in use as may be: reclaim has to make room.
+    NoRoom,
+    /// The page is in the swap file.
+    Swapped,
+    /// The page is a file's, and not in the page table, or not so that it can be written.
+    File,
 }
 
 impl AddressSpace {
@@ -59,25 +74,44 @@ impl AddressSpace {
         let vma = layout.vmas.allowing(address, access)?;
         let table = self.tables.get_or_make(address);
         let mut entries = table.lock();
-        let Some(entry) = entries.get_mut(address) else {
-            let frame = self.frames.take_zeroed()?;
-            let entry = Entry { frame, allows: vma.access, stage: Stage::Settled };
-            let number = entries.install(address, entry).frame.number();
-            return Ok(Touch::Done(StoreBranch::ZeroFill, act(number)?));
-        };
+        match entries.slot(address) {
+            Slot::Absent if vma.object.backing().is_some() => return Ok(Touch::Obstacle(Obstacle::File)),
+            Slot::Absent if !self.pool.has_room() => return Ok(Touch::Obstacle(Obstacle::NoRoom)),
+            Slot::Absent => {
+                let frame = match self.frames.take_zeroed() {
+                    // Another took the last one since it was looked for.
+                    Err(FrameError::OutOfMemory { .. }) => return Ok(Touch::Obstacle(Obstacle::NoRoom)),
+                    taken => taken?,
+                };
+                let (number, life) = (frame.number(), frame.life());
+                let mut entry = Entry::new(frame, vma.access);
+                entry.mark(access);
+                entries.install(address, entry);
+                self.pool.lru.add(life, vma.owner_of(page_start(address)), List::Active);
+                return Ok(Touch::Done(StoreBranch::ZeroFill, act(number)?));
+            }
+            Slot::Moving(_) => return Ok(Touch::Obstacle(Obstacle::Settling)),
+            Slot::Swapped(_) => return Ok(Touch::Obstacle(Obstacle::Swapped)),
+            Slot::Present(_) => {}
+        }
+        let entry = entries.get_mut(address).expect("it is present, under the lock");
         // The CPU may read the new frame before it has settled: nobody has written there yet.
         if entry.stage == Stage::Settling && (by, access) != (By::Cpu, Access::Read) {
-            return Ok(Touch::Settling);
+            return Ok(Touch::Obstacle(Obstacle::Settling));
         }
         let mut branch = StoreBranch::InPlace;
         if access > entry.allows {
+            if vma.object.backing().is_some() {
+                return Ok(Touch::Obstacle(Obstacle::File));
+            }
             if !self.frames.is_only_reference(&entry.frame) {
-                return Ok(Touch::Shared);
+                return Ok(Touch::Obstacle(Obstacle::Shared));
             }
             // The frame stays: what devices hold stays right, so nobody is told.
             entry.allows = Access::Write;
             branch = StoreBranch::Reuse;
         }
+        entry.mark(access);
         Ok(Touch::Done(branch, act(entry.frame.number())?))
     }
 
@@ -85,10 +119,16 @@ impl AddressSpace {
     pub(super) async fn settled(&self, address: u64) {
         self.wait_until(|| {
             let table = self.tables.get(address);
-            table.is_none_or(|table| {
-                table.lock().get(address).is_none_or(|entry| entry.stage == Stage::Settled)
+            table.is_none_or(|table| match table.lock().slot(address) {
+                Slot::Present(entry) => entry.stage == Stage::Settled,
+                Slot::Moving(_) => false,
+                Slot::Absent | Slot::Swapped(_) => true,
             })
         })
         .await;
     }
+}
+
+fn page_start(address: u64) -> u64 {
+    address & !PageSize::BASE.offset_mask()
 }

@@ -25,10 +25,10 @@ use shootdown_core::{Access, AddrRange, AddressSpaceId, Cause};
 use super::Inner;
 use super::address_space::AddressSpace;
 use super::error::MemoryError;
-use super::frame::FrameStore;
 use super::gather::Bracket;
-use super::page_table::{Entry, Stage, Table, Tables, page_after, rest_after};
-use super::vma::{Stay, Vma, Vmas};
+use super::page_table::{Cleared, Entry, Slot, Table, Tables, page_after, rest_after};
+use super::pool::Pool;
+use super::vma::{Flags, Stay, Vma, Vmas};
 use crate::source::{Notifier, Translate};
 
 /// `dup_mm`.
@@ -39,16 +39,27 @@ pub(super) async fn fork<N: Notifier>(
     name: &str,
 ) -> Result<AddressSpaceId, MemoryError> {
     let _claim = space.claim(AddrRange::ALL).await;
-    let mapped = |vma: &Vma| vma.stay == Stay::Mapped;
-    let vmas: Vec<Vma> = space.layout.read().vmas.overlapping(AddrRange::ALL).filter(mapped).collect();
-    let mut child = Child::new(&inner.frames, Vmas::new(inner.config.most_mappings));
-    for vma in vmas {
-        child.vmas.map(vma.range, vma.access)?;
-        copy_page_range(&*inner.notifier, space, vma, &child.tables).await?;
-    }
+    let mut child = dup_mmap(inner, space, |_| true).await?;
     let id = inner.notifier.register(name, source).map_err(MemoryError::Notify)?;
     inner.add(id, child.vmas.take(), std::mem::take(&mut child.tables));
     Ok(id)
+}
+
+/// `dup_mmap`, of the mappings that `which` asks for. Whoever calls has claimed the whole address space.
+pub(super) async fn dup_mmap<N: Notifier>(
+    inner: &Inner<N>,
+    space: &AddressSpace,
+    which: impl Fn(&Vma) -> bool,
+) -> Result<Child, MemoryError> {
+    let copied = |vma: &Vma| vma.stay == Stay::Mapped && which(vma);
+    let vmas: Vec<Vma> = space.layout.read().vmas.overlapping(AddrRange::ALL).filter(copied).collect();
+    let mut child = Child::new(Arc::clone(&inner.pool), Vmas::new(inner.config.most_mappings));
+    for vma in vmas {
+        // What is locked in memory is locked for its owner.
+        child.vmas.add(Vma { flags: Flags { locked: false, ..vma.flags }, ..vma.clone() })?;
+        copy_page_range(&*inner.notifier, space, &vma, &mut child).await?;
+    }
+    Ok(child)
 }
 
 /// `copy_page_range`. A VMA without a page needs no round, and neither does one whose pages nobody may
@@ -56,9 +67,13 @@ pub(super) async fn fork<N: Notifier>(
 async fn copy_page_range<N: Notifier>(
     notifier: &N,
     space: &AddressSpace,
-    vma: Vma,
-    child: &Tables,
+    vma: &Vma,
+    child: &mut Child,
 ) -> Result<(), MemoryError> {
+    // A file's pages are found again by a fault, and written by whoever may.
+    if vma.object.backing().is_some() {
+        return Ok(());
+    }
     if !has_pages(&space.tables, vma.range) {
         return Ok(());
     }
@@ -68,9 +83,14 @@ async fn copy_page_range<N: Notifier>(
     };
     let mut left = Some(vma.range);
     while let Some((part, table)) = left.and_then(|range| space.tables.first_in(range)) {
-        copy_table(&space.frames, &table, child, part)?;
+        match copy_table(&space.pool, &table, &child.tables, part)? {
+            Copied::Whole => left = rest_after(vma.range, part),
+            Copied::UpTo(moving) => {
+                space.settled(moving).await;
+                left = AddrRange::new(moving, vma.range.wire_end()).ok();
+            }
+        }
         tokio::task::yield_now().await;
-        left = rest_after(vma.range, part);
     }
     if let Some(bracket) = bracket {
         bracket.close();
@@ -78,35 +98,46 @@ async fn copy_page_range<N: Notifier>(
     Ok(())
 }
 
+/// How far a table was copied.
+enum Copied {
+    Whole,
+    /// A page there is on its way elsewhere: it is copied when it has arrived.
+    UpTo(u64),
+}
+
 /// `copy_pte_range`.
-fn copy_table(
-    frames: &FrameStore,
-    parent: &Table,
-    child: &Tables,
-    part: AddrRange,
-) -> Result<(), MemoryError> {
+fn copy_table(pool: &Pool, parent: &Table, child: &Tables, part: AddrRange) -> Result<Copied, MemoryError> {
     let mut entries = parent.lock();
-    let mut at = entries.next_present(part.start(), part.last());
+    let mut at = entries.next_occupied(part.start(), part.last());
     if at.is_none() {
-        return Ok(());
+        return Ok(Copied::Whole);
     }
     let table = child.get_or_make(part.start());
     let mut copies = table.lock();
     while let Some(address) = at {
+        let copy = match entries.slot(address) {
+            Slot::Absent => Slot::Absent,
+            Slot::Moving(_) => return Ok(Copied::UpTo(address)),
+            Slot::Swapped(slot) => Slot::Swapped(pool.swap()?.share(slot)?),
+            Slot::Present(entry) => {
+                let mut copy = Entry::new(pool.frames.share(&entry.frame)?, Access::Read);
+                copy.dirty = entry.dirty;
+                Slot::Present(copy)
+            }
+        };
         if let Some(entry) = entries.get_mut(address) {
-            let frame = frames.share(&entry.frame)?;
             entry.allows = Access::Read;
-            copies.install(address, Entry { frame, allows: Access::Read, stage: Stage::Settled });
         }
-        at = page_after(address, part.last()).and_then(|next| entries.next_present(next, part.last()));
+        copies.replace(address, copy);
+        at = page_after(address, part.last()).and_then(|next| entries.next_occupied(next, part.last()));
     }
-    Ok(())
+    Ok(Copied::Whole)
 }
 
-fn has_pages(tables: &Tables, range: AddrRange) -> bool {
+pub(super) fn has_pages(tables: &Tables, range: AddrRange) -> bool {
     let mut left = Some(range);
     while let Some((part, table)) = left.and_then(|range| tables.first_in(range)) {
-        if table.lock().next_present(part.start(), part.last()).is_some() {
+        if table.lock().next_occupied(part.start(), part.last()).is_some() {
             return true;
         }
         left = rest_after(range, part);
@@ -116,26 +147,31 @@ fn has_pages(tables: &Tables, range: AddrRange) -> bool {
 
 /// A child that no device knows yet. Dropped, it gives back what it shares.
 #[derive(Debug)]
-struct Child<'a> {
-    frames: &'a FrameStore,
-    vmas: Vmas,
-    tables: Tables,
+pub(super) struct Child {
+    pub(super) pool: Arc<Pool>,
+    pub(super) vmas: Vmas,
+    pub(super) tables: Tables,
 }
 
-impl<'a> Child<'a> {
-    fn new(frames: &'a FrameStore, vmas: Vmas) -> Self {
-        Self { frames, vmas, tables: Tables::default() }
+impl Child {
+    fn new(pool: Arc<Pool>, vmas: Vmas) -> Self {
+        Self { pool, vmas, tables: Tables::default() }
     }
 }
 
-impl Drop for Child<'_> {
+impl Drop for Child {
     fn drop(&mut self) {
         let mut left = Some(AddrRange::ALL);
         while let Some((part, table)) = left.and_then(|range| self.tables.first_in(range)) {
             let mut entries = table.lock();
-            while let Some((_, entry)) = entries.clear_first(part.start(), part.last()) {
-                // Without a proof, for no device reached the frame through the child.
-                self.frames.put([entry.frame]);
+            while let Some((_, cleared)) = entries.clear_first(part.start(), part.last()) {
+                match cleared {
+                    // Without a proof, for no device reached the frame through the child. One that reached
+                    // it through the parent reaches it still, by the parent's own reference, or the parent
+                    // gave that up with a proof.
+                    Cleared::Frame(frame) => drop(self.pool.frames.put([frame])),
+                    Cleared::Swapped(slot) => self.pool.put_slot(slot),
+                }
             }
             left = rest_after(AddrRange::ALL, part);
         }

@@ -8,6 +8,8 @@
 //! [`FrameStore::put`]. One that is lost leaks its frame, which is the safe way to fail: nothing but
 //! `put` frees. Follows `get_page`, `put_page`, and `CONFIG_PAGE_POISONING`.
 
+mod run;
+
 use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
@@ -50,6 +52,8 @@ struct Ledger {
     frames: Vec<Slot>,
     /// Freed frames; the last freed is taken first, so that a stale use is soon seen.
     free: Vec<u32>,
+    /// Frames that were never taken, below one that was: a run had to begin at a multiple of its length.
+    passed_over: Vec<u32>,
     last_generation: u64,
     in_use: usize,
     broken_poison: u64,
@@ -71,7 +75,7 @@ pub(super) struct FrameRef {
 
 /// One life of a frame, to compare by: `pte_same` without the danger that the frame was freed and taken
 /// again meanwhile.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct FrameLife {
     number: u32,
     generation: NonZeroU64,
@@ -100,6 +104,12 @@ pub enum FrameError {
     #[error("all {frames} frames are in use")]
     OutOfMemory {
         /// The bound.
+        frames: usize,
+    },
+    /// There are frames, but not so many free in a row.
+    #[error("there is no run of {frames} free frames in a row that begins at a multiple of its length")]
+    NoRun {
+        /// How long a run was asked for.
         frames: usize,
     },
     /// The frame is shared as often as it may be.
@@ -164,7 +174,7 @@ impl FrameStore {
     }
 
     /// The generation of a frame's present life, or of its present freedom: it changes when the frame is
-    /// freed and when it is taken. 0 for one that was never taken.
+    /// freed and when it is taken. 0 for one that was never taken, nor passed over by a run.
     #[must_use]
     pub fn generation(&self, frame: FrameNumber) -> u64 {
         let ledger = self.ledger.lock();
@@ -208,9 +218,7 @@ impl FrameStore {
 
     /// A frame with the bytes of `original`, with one reference (`cow_user_page`).
     pub(super) fn take_copy(&self, original: &FrameRef) -> Result<FrameRef, FrameError> {
-        let mut bytes = [0; FRAME_BYTES];
-        self.memory.read_exact_at(&mut bytes, position_of(original.number)).map_err(FrameError::memory)?;
-        self.take_filled(&bytes)
+        self.take_filled(&self.bytes(original)?)
     }
 
     /// One more reference (`try_get_page`).
@@ -228,6 +236,39 @@ impl FrameStore {
     /// make another, so while the caller keeps hold of this one the answer stays true.
     pub(super) fn is_only_reference(&self, frame: &FrameRef) -> bool {
         self.ledger.lock().frames[frame.number as usize].references == 1
+    }
+
+    /// How many references there are, `frame` among them. A count that is not 1 may change at once.
+    pub(super) fn references(&self, frame: &FrameRef) -> u32 {
+        self.ledger.lock().frames[frame.number as usize].references
+    }
+
+    /// One more reference to a life, if it is not over (`get_page_unless_zero`).
+    pub(super) fn pin(&self, life: FrameLife) -> Option<FrameRef> {
+        let mut ledger = self.ledger.lock();
+        let slot = ledger.frames.get_mut(life.number as usize)?;
+        if slot.generation != life.generation
+            || slot.references == 0
+            || slot.references >= self.most_references
+        {
+            return None;
+        }
+        slot.references += 1;
+        Some(FrameRef { number: life.number, generation: life.generation })
+    }
+
+    /// Whether a life is not over.
+    pub(super) fn lives(&self, life: FrameLife) -> bool {
+        let ledger = self.ledger.lock();
+        let slot = ledger.frames.get(life.number as usize);
+        slot.is_some_and(|slot| slot.generation == life.generation && slot.references > 0)
+    }
+
+    /// The bytes of a frame.
+    pub(super) fn bytes(&self, frame: &FrameRef) -> Result<[u8; FRAME_BYTES], FrameError> {
+        let mut bytes = [0; FRAME_BYTES];
+        self.memory.read_exact_at(&mut bytes, position_of(frame.number)).map_err(FrameError::memory)?;
+        Ok(bytes)
     }
 
     /// Gives references back; how many frames were freed. Those are poisoned before they can be taken
@@ -262,7 +303,8 @@ impl FrameStore {
         last.len()
     }
 
-    fn take_filled(&self, bytes: &[u8; FRAME_BYTES]) -> Result<FrameRef, FrameError> {
+    /// A frame with these bytes, with one reference.
+    pub(super) fn take_filled(&self, bytes: &[u8; FRAME_BYTES]) -> Result<FrameRef, FrameError> {
         let (frame, was_freed) = self.take()?;
         if was_freed == WasFreed::Yes {
             self.check_poison(&frame);
@@ -280,6 +322,8 @@ impl FrameStore {
         let mut ledger = self.ledger.lock();
         let (number, was_freed) = if let Some(number) = ledger.free.pop() {
             (number, WasFreed::Yes)
+        } else if let Some(number) = ledger.passed_over.pop() {
+            (number, WasFreed::No)
         } else if ledger.frames.len() < self.capacity {
             let fresh = u32::try_from(ledger.frames.len()).expect("the capacity fits in 32 bits");
             ledger.frames.push(Slot { references: 0, generation: NonZeroU64::MIN });

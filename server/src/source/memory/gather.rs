@@ -11,6 +11,7 @@ use shootdown_core::{AddrRange, AddressSpaceId, Cause, Seq};
 use super::address_space::AddressSpace;
 use super::error::MemoryError;
 use super::frame::FrameRef;
+use super::page_table::Cleared;
 use crate::source::{Invalidation, Notifier, RoundResult, Wait};
 
 /// Every device has stopped using the pages that a round covered. Nothing but a verdict makes one, and
@@ -27,6 +28,13 @@ impl Quiesced {
         } else {
             Err(MemoryError::NotQuiesced { range, verdict: round.verdict })
         }
+    }
+}
+
+impl Quiesced {
+    /// Of several rounds, when each has shown it.
+    pub(super) fn all(_proofs: Vec<Self>) -> Self {
+        Self(())
     }
 }
 
@@ -99,9 +107,13 @@ impl Gather {
     }
 
     /// `tlb_remove_page`: an entry was cleared, and this was its reference.
-    pub(super) fn add(&mut self, frame: FrameRef) {
+    pub(super) fn add(&mut self, cleared: Cleared) {
         self.tally.pages += 1;
-        self.gathered.push(frame);
+        match cleared {
+            Cleared::Frame(frame) => self.gathered.push(frame),
+            // No device reaches the swap file.
+            Cleared::Swapped(slot) => self.space.pool.put_slot(slot),
+        }
     }
 
     pub(super) fn is_full(&self) -> bool {

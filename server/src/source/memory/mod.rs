@@ -9,21 +9,56 @@
 //! | `page_table`, `vma`, `address_space` | `pte_t` and its lock, `vm_area_struct`, `mm_struct` |
 //! | `fault`, `translate` | `handle_pte_fault`, `get_user_pages` |
 //! | `cow` | `do_wp_page` |
+//! | `reclaim`, `aging`, `swap_out`, `swap_in` | `try_to_free_pages`, `page_referenced`, `pageout`, `do_swap_page` |
 //! | `fork` | `dup_mmap`, `copy_page_range` |
 //! | `gather` | `mmu_gather`, and the proof that devices have stopped |
 //! | `zap` | `unmap_vmas`, `zap_page_range` |
+//! | `page_cache`, `file` | `struct address_space`, `filemap_fault`, `page_mkwrite` |
+//! | `placeholder` | `__xip_unmap` |
+//! | `writeback` | `page_mkclean` |
+//! | `cluster` | `try_to_unmap_cluster` |
+//! | `truncate` | `truncate_pagecache`, `unmap_mapping_range` |
 //! | `unmap` | `do_munmap`, `free_pgtables` |
+//! | `protect` | `mprotect_fixup`, `change_protection`, `mlock` |
+//! | `remap` | `mremap_to`, `move_page_tables` |
+//! | `snapshot` | `copy_page_range`, for a child that never runs |
 //! | `exit` | `exit_mmap` |
+//! | `collapse` | `collapse_huge_page` |
+//! | `merge`, `share` | ksmd, `try_to_merge_one_page`, `replace_page` |
 //!
 //! What it can hold, and for how long: every page, until the notifier says that devices have stopped.
 
+mod twin;
 mod frame;
+mod swap;
+mod object;
+mod lru;
+mod pool;
 mod page_table;
 mod vma;
 mod address_space;
 mod fault;
 mod translate;
 mod gather;
+mod rmap;
+mod under_way;
+mod reclaim;
+mod aging;
+mod swap_out;
+mod swap_in;
+mod page_cache;
+mod file;
+mod placeholder;
+mod writeback;
+mod cluster;
+mod truncate;
+mod migrate;
+mod protect;
+mod remap;
+mod snapshot;
+mod collapse;
+mod merge;
+mod share;
 mod cow;
 mod fork;
 mod zap;
@@ -38,22 +73,34 @@ use std::future::Future;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use shootdown_core::{Access, AddrRange, AddressSpaceId, FrameNumber, Moment, PageSize, RangeError};
 use shootdown_proto::message::FrameSpan;
 use tokio::runtime::Handle;
 use tokio_util::task::TaskTracker;
 
+pub use self::cluster::ClusterUnmapped;
+pub use self::collapse::Collapsed;
 pub use self::error::MemoryError;
+pub use self::file::MemoryFile;
 pub use self::frame::{FrameError, FrameStore, POISON};
+pub use self::merge::Merged;
 pub use self::outcome::{
-    AddressSpaceStats, CopiedPage, MemoryStats, Released, StoreBranch, StoreOutcome, StoredPage,
+    AddressSpaceStats, CopiedPage, MemoryStats, Migrated, Released, StoreBranch, StoreOutcome, StoredPage,
 };
+pub use self::reclaim::{Aged, PagedOut, Reclaimed};
+pub use self::snapshot::Snapshot;
+pub use self::swap::{SwapError, SwapFile};
+pub use self::twin::Twin;
+pub use self::writeback::WrittenBack;
 
 use self::address_space::AddressSpace;
 use self::cow::Broken;
-use self::fault::{By, Touch};
+use self::fault::{By, Obstacle, Touch};
+use self::lru::Counts;
 use self::page_table::Tables;
+use self::pool::Pool;
+use self::under_way::UnderWay;
 use self::vma::Vmas;
 use super::Notifier;
 
@@ -68,6 +115,14 @@ pub struct MemoryConfig {
     pub zap_block_pages: usize,
     /// The most mappings of an address space (`sysctl_max_map_count`).
     pub most_mappings: usize,
+    /// The most frames that are in use for pages; beyond it reclaim makes room. The store's capacity if that
+    /// is less.
+    pub limit_frames: usize,
+    /// Where pages go that are used least; without one, only a file's pages can be reclaimed.
+    pub swap: Option<Arc<SwapFile>>,
+    /// Pages in a huge page (`HPAGE_PMD_NR`): a power of two from 1 to 512, the entries of a page table; else
+    /// the next below that is one.
+    pub huge_page_pages: usize,
     /// The clock of the host agent.
     pub now: Clock,
     /// Where operations run, so that they outlive a caller that gives up.
@@ -77,8 +132,8 @@ pub struct MemoryConfig {
 /// Address spaces on real memory. A clone is the same source.
 ///
 /// Operations that notify run in tasks of the source: a caller that drops its future does not stop them,
-/// and no page is freed early or leaked by it. The price is a task for each copy on write, fork, unmap,
-/// dont_need and exit. [`MemorySource::drain`] awaits them.
+/// and no page is freed early or leaked by it. The price is a task for each copy on write, fork, snapshot,
+/// unmap, dont_need, protect, remap and exit. [`MemorySource::drain`] awaits them.
 ///
 /// No lock is held while devices are waited for. The locks are parking_lot's, whose guards are not `Send`:
 /// a future that kept one over an await would not be `Send`, and each operation's future is asserted to be
@@ -92,23 +147,30 @@ pub struct MemorySource<N: Notifier> {
 
 struct Inner<N: Notifier> {
     notifier: Arc<N>,
-    frames: Arc<FrameStore>,
+    pool: Arc<Pool>,
     config: MemoryConfig,
     spaces: RwLock<BTreeMap<AddressSpaceId, Arc<AddressSpace>>>,
+    merging: Mutex<merge::Scan>,
     tasks: TaskTracker,
+    under_way: Arc<UnderWay>,
+    /// Held by who makes room; see [`Inner::make_room`].
+    reclaiming: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl<N: Notifier> MemorySource<N> {
     /// A source without address spaces.
     pub fn new(notifier: Arc<N>, frames: Arc<FrameStore>, config: MemoryConfig) -> Self {
-        let (spaces, tasks) = (RwLock::default(), TaskTracker::new());
-        Self { inner: Arc::new(Inner { notifier, frames, config, spaces, tasks }) }
+        let pool = Pool::new(frames, config.swap.clone(), config.limit_frames);
+        let (spaces, merging, tasks) = (RwLock::default(), Mutex::default(), TaskTracker::new());
+        let (under_way, reclaiming) = (Arc::default(), Arc::default());
+        let inner = Inner { notifier, pool, config, spaces, merging, tasks, under_way, reclaiming };
+        Self { inner: Arc::new(inner) }
     }
 
     /// The frames, as a device's DMA reaches them.
     #[must_use]
     pub fn frames(&self) -> &Arc<FrameStore> {
-        &self.inner.frames
+        &self.inner.pool.frames
     }
 
     /// Makes an empty address space and registers it with the notifier.
@@ -126,7 +188,7 @@ impl<N: Notifier> MemorySource<N> {
     ///
     /// # Errors
     /// [`MemoryError::Busy`] while a part of the range is being unmapped: its pages are not released, and
-    /// it can be mapped once the unmap has returned. [`MemoryError::AlreadyMapped`],
+    /// it can be mapped once the unmap has returned; or while memory is moving there. [`MemoryError::AlreadyMapped`],
     /// [`MemoryError::Range`], [`MemoryError::TooManyMappings`], [`MemoryError::AddressSpaceUnknown`],
     /// [`MemoryError::Exiting`].
     pub fn map(&self, id: AddressSpaceId, range: AddrRange, access: Access) -> Result<(), MemoryError> {
@@ -155,8 +217,10 @@ impl<N: Notifier> MemorySource<N> {
             let (offset, length) = within_page(part);
             let mut read =
                 |frame: FrameNumber| space.frames.read(&[FrameSpan { frame, offset, length }], &mut out);
-            while !matches!(space.touch(part.start(), By::Cpu, Access::Read, &mut read)?, Touch::Done(..)) {
-                space.settled(part.start()).await;
+            while let Touch::Obstacle(obstacle) =
+                space.touch(part.start(), By::Cpu, Access::Read, &mut read)?
+            {
+                self.clear_way(&space, part.start(), Access::Read, obstacle).await?;
             }
         }
         Ok(out.freeze())
@@ -220,10 +284,24 @@ impl<N: Notifier> MemorySource<N> {
     pub async fn fork(&self, id: AddressSpaceId, name: &str) -> Result<AddressSpaceId, MemoryError> {
         let user = self.space(id)?.enter()?;
         let (source, name) = (self.clone(), name.to_owned());
-        self.owned(
-            async move { fork::fork(&source.inner, Arc::new(source.clone()), &user.space, &name).await },
-        )
-        .await
+        let work =
+            async move { fork::fork(&source.inner, Arc::new(source.clone()), &user.space, &name).await };
+        self.owned(Twin::Fork, work).await
+    }
+
+    /// Moves the pages of a range that are present to other frames (`migrate_pages`). Pages that are in use
+    /// elsewhere at the moment stay where they are, and are counted.
+    ///
+    /// # Errors
+    /// [`MemoryError::Range`], [`MemoryError::AddressSpaceUnknown`], [`MemoryError::Exiting`],
+    /// [`MemoryError::TaskEnded`].
+    ///
+    /// # Cancel safety
+    /// Dropped after it was polled, it goes on.
+    pub async fn migrate(&self, id: AddressSpaceId, range: AddrRange) -> Result<Migrated, MemoryError> {
+        let user = self.space(id)?.enter()?;
+        let inner = Arc::clone(&self.inner);
+        self.owned(Twin::Migrate, async move { migrate::migrate(&inner, &user.space, range).await }).await
     }
 
     /// Unmaps whole pages (`munmap`), and returns when they are released. Holes are allowed. From its first
@@ -239,21 +317,22 @@ impl<N: Notifier> MemorySource<N> {
     pub async fn unmap(&self, id: AddressSpaceId, range: AddrRange) -> Result<Released, MemoryError> {
         let user = self.space(id)?.enter()?;
         let inner = Arc::clone(&self.inner);
-        self.owned(async move { unmap::unmap(&inner, &user.space, range).await }).await
+        self.owned(Twin::Unmap, async move { unmap::unmap(&inner, &user.space, range).await }).await
     }
 
     /// Drops the pages of a range that is mapped, and keeps the mapping: the next touch finds zeros
     /// (`MADV_DONTNEED`). Returns when they are released.
     ///
     /// # Errors
-    /// [`MemoryError::Unmapped`] if a part of it is not mapped; else as [`MemorySource::unmap`].
+    /// [`MemoryError::Unmapped`] if a part of it is not mapped, [`MemoryError::Locked`] if a part is locked in
+    /// memory; else as [`MemorySource::unmap`].
     ///
     /// # Cancel safety
     /// Dropped after it was polled, it goes on.
     pub async fn dont_need(&self, id: AddressSpaceId, range: AddrRange) -> Result<Released, MemoryError> {
         let user = self.space(id)?.enter()?;
         let inner = Arc::clone(&self.inner);
-        self.owned(async move { zap::dont_need(&inner, &user.space, range).await }).await
+        self.owned(Twin::DontNeed, async move { zap::dont_need(&inner, &user.space, range).await }).await
     }
 
     /// Ends an address space (`exit_mmap`): the notifier's release first, then its pages. Operations in
@@ -269,7 +348,7 @@ impl<N: Notifier> MemorySource<N> {
     pub async fn exit(&self, id: AddressSpaceId) -> Result<Released, MemoryError> {
         let space = self.space(id)?;
         let inner = Arc::clone(&self.inner);
-        self.owned(async move { exit::exit(&inner, &space).await }).await
+        self.owned(Twin::Exit, async move { exit::exit(&inner, &space).await }).await
     }
 
     /// The generation of the frame that is mapped at `address`; `None` where no page is present.
@@ -292,7 +371,10 @@ impl<N: Notifier> MemorySource<N> {
             stats.quarantined += space.quarantined;
             stats.operations += space.operations;
         }
-        stats.frames_in_use = self.inner.frames.in_use();
+        stats.frames_in_use = self.inner.pool.frames.in_use();
+        stats.swapped_pages = self.inner.pool.swapped();
+        let Counts { active, inactive, isolated } = self.inner.pool.lru.counts();
+        (stats.active, stats.inactive, stats.isolated) = (active, inactive, isolated);
         stats
     }
 
@@ -331,36 +413,80 @@ impl<N: Notifier> MemorySource<N> {
             {
                 Touch::Done(StoreBranch::InPlace, ()) => return Ok(broken.unwrap_or(StoreBranch::InPlace)),
                 Touch::Done(branch, ()) => return Ok(branch),
-                Touch::Settling => space.settled(address).await,
-                Touch::Shared => match self.break_cow(space, address).await? {
-                    Broken::Copied(page) => broken = Some(StoreBranch::Copied(page)),
-                    Broken::LostRace => broken = Some(broken.unwrap_or(StoreBranch::LostRace)),
-                    Broken::NotNeeded => {}
-                },
+                Touch::Obstacle(obstacle) => {
+                    match self.clear_way(space, address, Access::Write, obstacle).await? {
+                        Broken::Copied(page) => broken = Some(StoreBranch::Copied(page)),
+                        Broken::LostRace => broken = Some(broken.unwrap_or(StoreBranch::LostRace)),
+                        Broken::NotNeeded => {}
+                    }
+                }
             }
         }
     }
 
-    async fn break_cow(&self, space: &Arc<AddressSpace>, address: u64) -> Result<Broken, MemoryError> {
-        let user = space.enter()?;
+    /// Removes what stood in the way of a touch of the page at `address`; there may be something else after
+    /// it.
+    async fn clear_way(
+        &self,
+        space: &Arc<AddressSpace>,
+        address: u64,
+        access: Access,
+        obstacle: Obstacle,
+    ) -> Result<Broken, MemoryError> {
         let inner = Arc::clone(&self.inner);
-        self.owned(async move { cow::do_wp_page(&inner, &user.space, address).await }).await
+        match obstacle {
+            Obstacle::Settling => space.settled(address).await,
+            Obstacle::Shared => {
+                inner.make_room(self).await?;
+                let user = space.enter()?;
+                let work = async move { cow::do_wp_page(&inner, &user.space, address).await };
+                return or_touch_again(self.owned(Twin::CopyOnWrite, work).await);
+            }
+            Obstacle::NoRoom => inner.make_room(self).await?,
+            Obstacle::Swapped => {
+                inner.make_room(self).await?;
+                or_touch_again(swap_in::do_swap_page(&inner, space, address))?;
+            }
+            Obstacle::File => {
+                inner.make_room(self).await?;
+                let user = space.enter()?;
+                let work = async move { file::fault(&inner, &user.space, address, access).await };
+                or_touch_again(self.owned(Twin::Placeholder, work).await)?;
+            }
+        }
+        Ok(Broken::NotNeeded)
     }
 
-    /// Runs `work` in a task of the source: it goes on when the caller's future is dropped.
+    /// Runs `work` in a task of the source, as the twin that it is: it goes on when the caller's future is
+    /// dropped.
     async fn owned<T: Send + 'static>(
         &self,
+        twin: Twin,
         work: impl Future<Output = Result<T, MemoryError>> + Send + 'static,
     ) -> Result<T, MemoryError> {
+        let operation = self.inner.under_way.begin();
+        let work = async move {
+            let _operation = operation;
+            twin.run(work).await
+        };
         let task = self.inner.tasks.spawn_on(work, &self.inner.config.runtime);
         task.await.unwrap_or(Err(MemoryError::TaskEnded))
     }
 }
 
+/// Room that was made may be gone when it is needed, because another took it: then the touch finds its obstacle
+/// again, and room is made again. Where none can be made, [`Inner::make_room`] says so.
+fn or_touch_again<T: Default>(result: Result<T, MemoryError>) -> Result<T, MemoryError> {
+    match result {
+        Err(MemoryError::Frame(FrameError::OutOfMemory { .. })) => Ok(T::default()),
+        other => other,
+    }
+}
+
 impl<N: Notifier> Inner<N> {
     fn add(&self, id: AddressSpaceId, vmas: Vmas, tables: Tables) {
-        let space = AddressSpace::new(id, Arc::clone(&self.frames), vmas, tables);
-        self.spaces.write().insert(id, Arc::new(space));
+        let space = AddressSpace::new(id, Arc::clone(&self.pool), vmas, tables);
+        self.spaces.write().insert(id, space);
     }
 }
 
@@ -377,10 +503,18 @@ impl<N: Notifier> fmt::Debug for MemorySource<N> {
 }
 
 impl MemoryConfig {
-    /// As the kernel has it: blocks of 512 pages, 65,530 mappings.
+    /// As the kernel has it: blocks of 512 pages, 65,530 mappings, huge pages of 2 MiB.
     #[must_use]
     pub fn new(now: Clock, runtime: Handle) -> Self {
-        Self { zap_block_pages: 512, most_mappings: 65_530, now, runtime }
+        Self {
+            zap_block_pages: 512,
+            most_mappings: 65_530,
+            limit_frames: usize::MAX,
+            swap: None,
+            huge_page_pages: 512,
+            now,
+            runtime,
+        }
     }
 }
 
@@ -389,13 +523,20 @@ impl fmt::Debug for MemoryConfig {
         f.debug_struct("MemoryConfig")
             .field("zap_block_pages", &self.zap_block_pages)
             .field("most_mappings", &self.most_mappings)
+            .field("limit_frames", &self.limit_frames)
+            .field("swap", &self.swap)
+            .field("huge_page_pages", &self.huge_page_pages)
             .finish_non_exhaustive()
     }
 }
 
 /// Only the compiler reads it: no operation keeps a lock over an await, for none would be `Send` then.
 #[expect(dead_code, reason = "it is checked, not called")]
-fn no_lock_is_held_over_an_await<N: Notifier>(source: &MemorySource<N>, id: AddressSpaceId) {
+fn no_lock_is_held_over_an_await<N: Notifier>(
+    source: &MemorySource<N>,
+    id: AddressSpaceId,
+    file: &MemoryFile,
+) {
     fn assert_send<T: Send>(_: &T) {}
     assert_send(&source.load(id, 0, 0));
     assert_send(&source.store(id, 0, &[]));
@@ -403,6 +544,19 @@ fn no_lock_is_held_over_an_await<N: Notifier>(source: &MemorySource<N>, id: Addr
     assert_send(&source.unmap(id, AddrRange::ALL));
     assert_send(&source.dont_need(id, AddrRange::ALL));
     assert_send(&source.exit(id));
+    assert_send(&source.migrate(id, AddrRange::ALL));
+    assert_send(&source.page_out(id, AddrRange::ALL));
+    assert_send(&source.age(0));
+    assert_send(&source.reclaim(0));
+    assert_send(&source.inner.make_room(source));
+    assert_send(&source.protect(id, AddrRange::ALL, Access::Read));
+    assert_send(&source.remap(id, AddrRange::ALL, 0));
+    assert_send(&source.snapshot(id));
+    assert_send(&source.collapse(id, AddrRange::ALL));
+    assert_send(&source.merge(0));
+    assert_send(&source.write_back(file));
+    assert_send(&source.truncate(file, 0));
+    assert_send(&source.unmap_cluster(id, 0));
     assert_send(&source.drain());
 }
 

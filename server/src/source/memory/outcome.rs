@@ -62,6 +62,15 @@ pub struct Released {
     pub release: Duration,
 }
 
+/// What a migration did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Migrated {
+    /// Pages that are in other frames now.
+    pub moved: usize,
+    /// Pages that stayed, because something else was at work on them, or no frame was left.
+    pub stayed: usize,
+}
+
 /// What the source holds. All but `frames_in_use` of a store that is shared are 0 when every address
 /// space has exited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -81,6 +90,14 @@ pub struct MemoryStats {
     pub operations: usize,
     /// Frames of the store that are not free.
     pub frames_in_use: usize,
+    /// Pages in the swap file, or slots of it that are about to hold one. Of a file that is shared: all of them.
+    pub swapped_pages: usize,
+    /// Pages on the list of those that are in use.
+    pub active: usize,
+    /// Pages on the list of those that are reclaimed next.
+    pub inactive: usize,
+    /// Pages on neither, because an operation has them to itself.
+    pub isolated: usize,
 }
 
 /// What one address space holds.
@@ -90,6 +107,8 @@ pub struct AddressSpaceStats {
     pub mappings: usize,
     /// Page table entries that are present.
     pub mapped_pages: usize,
+    /// Page table entries whose page is in the swap file.
+    pub swapped_pages: usize,
     /// Page tables.
     pub page_tables: usize,
     /// References to frames in quarantine.

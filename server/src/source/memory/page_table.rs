@@ -10,6 +10,11 @@
 //!     ^                            |                     | do_wp_page, copy                        ^
 //!     |          zap               |                     v                    devices have stopped |
 //!     +------- (any state) --------+            Write, settling (new frame) -----------------------+
+//!
+//!            try_to_unmap               devices have stopped
+//!   present --------------> moving ---+-- migration ---> present, of another frame
+//!      ^                      |       +-- swap-out ----> swapped ---- touched ----> present, of a new frame
+//!      +------ given up ------+       +-- of a file ---> absent
 //! ```
 
 use std::collections::BTreeMap;
@@ -19,6 +24,7 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 use shootdown_core::{Access, AddrRange, PageSize};
 
 use super::frame::{FrameLife, FrameRef};
+use super::swap::SwapRef;
 
 /// Entries of one table.
 pub(super) const ENTRIES: usize = 512;
@@ -33,6 +39,31 @@ pub(super) struct Entry {
     /// What the entry allows; the VMA may allow more (copy on write).
     pub(super) allows: Access,
     pub(super) stage: Stage,
+    /// The CPU touched it since this was cleared (`_PAGE_ACCESSED`), or a device was given it.
+    pub(super) young: bool,
+    /// The CPU wrote to it since this was cleared (`_PAGE_DIRTY`), or a device was given leave to.
+    pub(super) dirty: bool,
+}
+
+/// A page table entry.
+#[derive(Debug, Default)]
+pub(super) enum Slot {
+    #[default]
+    Absent,
+    Present(Entry),
+    /// The page is on its way elsewhere: whoever touches it waits (`migration_entry_wait`). The entry is
+    /// what comes back if it does not go.
+    Moving(Entry),
+    /// The page is in the swap file.
+    Swapped(SwapRef),
+}
+
+/// What was in an entry that was cleared.
+#[derive(Debug)]
+pub(super) enum Cleared {
+    /// Its reference, to be gathered.
+    Frame(FrameRef),
+    Swapped(SwapRef),
 }
 
 /// Whether devices may still use what the entry replaced.
@@ -52,8 +83,19 @@ pub(super) struct Table {
 
 #[derive(Debug)]
 pub(super) struct Entries {
-    slots: Box<[Option<Entry>]>,
+    slots: Box<[Slot]>,
     present: usize,
+    swapped: usize,
+    /// Those that are not absent.
+    occupied: usize,
+}
+
+/// How many tables there are, and how many of their entries are what.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Count {
+    pub(super) tables: usize,
+    pub(super) present: usize,
+    pub(super) swapped: usize,
 }
 
 /// The tables of an address space, by their place in it (`pgd`, `pud` and `pmd` in one).
@@ -66,6 +108,17 @@ pub(super) struct Tables {
 }
 
 impl Entry {
+    /// An entry that nobody has used yet.
+    pub(super) fn new(frame: FrameRef, allows: Access) -> Self {
+        Self { frame, allows, stage: Stage::Settled, young: false, dirty: false }
+    }
+
+    /// What a touch leaves behind.
+    pub(super) fn mark(&mut self, access: Access) {
+        self.young = true;
+        self.dirty |= access == Access::Write;
+    }
+
     pub(super) fn is_life(&self, life: FrameLife) -> bool {
         self.frame.life() == life
     }
@@ -73,8 +126,8 @@ impl Entry {
 
 impl Table {
     pub(super) fn new() -> Self {
-        let slots = std::iter::repeat_with(|| None).take(ENTRIES).collect();
-        Self { entries: Mutex::new(Entries { slots, present: 0 }) }
+        let slots = std::iter::repeat_with(Slot::default).take(ENTRIES).collect();
+        Self { entries: Mutex::new(Entries { slots, present: 0, swapped: 0, occupied: 0 }) }
     }
 
     /// Takes the page-table lock. Its guard is not `Send`: a future that kept it over an await would not
@@ -85,38 +138,79 @@ impl Table {
 }
 
 impl Entries {
-    pub(super) fn get(&self, address: u64) -> Option<&Entry> {
-        self.slots[slot_of(address)].as_ref()
+    pub(super) fn slot(&self, address: u64) -> &Slot {
+        &self.slots[slot_of(address)]
     }
 
+    /// The entry, if it is present.
+    pub(super) fn get(&self, address: u64) -> Option<&Entry> {
+        match self.slot(address) {
+            Slot::Present(entry) => Some(entry),
+            Slot::Absent | Slot::Moving(_) | Slot::Swapped(_) => None,
+        }
+    }
+
+    /// The entry, if it is present.
     pub(super) fn get_mut(&mut self, address: u64) -> Option<&mut Entry> {
-        self.slots[slot_of(address)].as_mut()
+        match &mut self.slots[slot_of(address)] {
+            Slot::Present(entry) => Some(entry),
+            Slot::Absent | Slot::Moving(_) | Slot::Swapped(_) => None,
+        }
+    }
+
+    /// The entry, if it has a frame: one that is moving may come back as it is.
+    pub(super) fn framed_mut(&mut self, address: u64) -> Option<&mut Entry> {
+        match &mut self.slots[slot_of(address)] {
+            Slot::Present(entry) | Slot::Moving(entry) => Some(entry),
+            Slot::Absent | Slot::Swapped(_) => None,
+        }
     }
 
     /// Fills an entry that is absent.
     pub(super) fn install(&mut self, address: u64, entry: Entry) -> &Entry {
-        let slot = &mut self.slots[slot_of(address)];
-        debug_assert!(slot.is_none(), "a present entry is replaced or cleared, never overwritten");
-        self.present += 1;
-        slot.insert(entry)
+        let before = self.replace(address, Slot::Present(entry));
+        debug_assert!(
+            matches!(before, Slot::Absent),
+            "a present entry is replaced or cleared, never overwritten"
+        );
+        self.get(address).expect("it was installed just now")
     }
 
-    /// Clears the first entry from `from` to `last` that is present; where it was.
-    pub(super) fn clear_first(&mut self, from: u64, last: u64) -> Option<(u64, Entry)> {
-        let address = self.next_present(from, last)?;
-        self.present -= 1;
-        self.slots[slot_of(address)].take().map(|entry| (address, entry))
+    /// Puts something else in an entry's place; what was there.
+    pub(super) fn replace(&mut self, address: u64, slot: Slot) -> Slot {
+        let before = std::mem::replace(&mut self.slots[slot_of(address)], slot);
+        let after = self.slot(address);
+        let change = |is: fn(&Slot) -> bool| isize::from(is(after)) - isize::from(is(&before));
+        let present = change(|slot| matches!(slot, Slot::Present(_)));
+        let swapped = change(|slot| matches!(slot, Slot::Swapped(_)));
+        let occupied = change(|slot| !matches!(slot, Slot::Absent));
+        self.present = self.present.strict_add_signed(present);
+        self.swapped = self.swapped.strict_add_signed(swapped);
+        self.occupied = self.occupied.strict_add_signed(occupied);
+        before
     }
 
-    /// The page of the first entry from `from` to `last`, both in this table, that is present.
-    pub(super) fn next_present(&self, from: u64, last: u64) -> Option<u64> {
+    /// Clears the first entry from `from` to `last` that is not absent; where it was.
+    pub(super) fn clear_first(&mut self, from: u64, last: u64) -> Option<(u64, Cleared)> {
+        let address = self.next_occupied(from, last)?;
+        let cleared = match self.replace(address, Slot::Absent) {
+            Slot::Present(entry) | Slot::Moving(entry) => Cleared::Frame(entry.frame),
+            Slot::Swapped(slot) => Cleared::Swapped(slot),
+            Slot::Absent => return None,
+        };
+        Some((address, cleared))
+    }
+
+    /// The page of the first entry from `from` to `last`, both in this table, that is not absent.
+    pub(super) fn next_occupied(&self, from: u64, last: u64) -> Option<u64> {
         let slots = slot_of(from)..=slot_of(last);
-        let found = slots.into_iter().find(|slot| self.slots[*slot].is_some())?;
+        let found = slots.into_iter().find(|slot| !matches!(self.slots[*slot], Slot::Absent))?;
         Some(table_range(index_of(from)).start() + ((found as u64) << PAGE_SHIFT))
     }
 
-    pub(super) fn present(&self) -> usize {
-        self.present
+    /// How many are not absent.
+    pub(super) fn occupied(&self) -> usize {
+        self.occupied
     }
 }
 
@@ -143,13 +237,18 @@ impl Tables {
     /// Frees the table over `part`, which is within it. It must be empty: an entry holds a reference.
     pub(super) fn free(&self, part: AddrRange) {
         let freed = self.by_index.write().remove(&index_of(part.start()));
-        debug_assert!(freed.is_none_or(|table| table.lock().present() == 0), "a freed table has no entry");
+        debug_assert!(freed.is_none_or(|table| table.lock().occupied() == 0), "a freed table has no entry");
     }
 
-    /// How many tables there are, and how many of their entries are present.
-    pub(super) fn count(&self) -> (usize, usize) {
+    pub(super) fn count(&self) -> Count {
         let tables = self.by_index.read();
-        (tables.len(), tables.values().map(|table| table.lock().present()).sum())
+        let mut count = Count { tables: tables.len(), ..Count::default() };
+        for table in tables.values() {
+            let entries = table.lock();
+            count.present += entries.present;
+            count.swapped += entries.swapped;
+        }
+        count
     }
 }
 
@@ -220,17 +319,17 @@ mod tests {
         let top = u64::MAX - 4095;
         for address in [top - 8192, top] {
             let frame = store.take_zeroed().unwrap();
-            entries.install(address, Entry { frame, allows: Access::Write, stage: Stage::Settled });
+            entries.install(address, Entry::new(frame, Access::Write));
         }
-        assert_eq!(entries.present(), 2);
-        let (first, entry) = entries.clear_first(top - 8192, u64::MAX).unwrap();
+        assert_eq!(entries.present, 2);
+        let Some((first, Cleared::Frame(frame))) = entries.clear_first(top - 8192, u64::MAX) else {
+            panic!()
+        };
         assert_eq!(first, top - 8192);
-        store.put([entry.frame]);
+        store.put([frame]);
         assert!(entries.clear_first(top - 8192, top - 1).is_none());
-        assert_eq!(
-            entries.clear_first(top, u64::MAX).map(|(at, entry)| (at, store.put([entry.frame]))),
-            Some((top, 1))
-        );
-        assert_eq!((entries.present(), store.in_use()), (0, 0));
+        let Some((second, Cleared::Frame(frame))) = entries.clear_first(top, u64::MAX) else { panic!() };
+        assert_eq!((second, store.put([frame])), (top, 1));
+        assert_eq!((entries.present, store.in_use()), (0, 0));
     }
 }

@@ -77,10 +77,7 @@ impl<N: Notifier> MemorySource<N> {
                     let range = AddrRange::page_of(page, PageSize::BASE);
                     return Ok(Translation { range, frame, access });
                 }
-                Touch::Settling => space.settled(page).await,
-                Touch::Shared => {
-                    self.break_cow(space, page).await?;
-                }
+                Touch::Obstacle(obstacle) => drop(self.clear_way(space, page, access, obstacle).await?),
             }
         }
     }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use shootdown_core::{AddrRange, Cause};
 
 use super::Inner;
-use super::address_space::AddressSpace;
+use super::address_space::{AddressSpace, Layout};
 use super::error::MemoryError;
 use super::outcome::Released;
 use super::page_table::{rest_after, table_span};
@@ -53,15 +53,20 @@ pub(super) async fn free_pgtables(space: &AddressSpace, leaving: &[AddrRange]) {
         {
             let mut layout = space.layout.write();
             layout.vmas.unlink(*range);
-            let mut left = Some(*range);
-            while let Some((part, _)) = left.and_then(|range| space.tables.first_in(range)) {
-                // free_pgd_range() has floor and ceiling: a table that a neighbour uses too stays.
-                if layout.vmas.overlapping(table_span(part.start())).next().is_none() {
-                    space.tables.free(part);
-                }
-                left = rest_after(*range, part);
-            }
+            free_tables(space, &layout, *range);
         }
         tokio::task::yield_now().await;
+    }
+}
+
+/// `free_pgd_range`: the tables over `range` that nobody needs any more. The layout is locked for writing.
+pub(super) fn free_tables(space: &AddressSpace, layout: &Layout, range: AddrRange) {
+    let mut left = Some(range);
+    while let Some((part, _)) = left.and_then(|range| space.tables.first_in(range)) {
+        // It has a floor and a ceiling: a table that a neighbour uses too stays.
+        if !layout.vmas.has_use_for(table_span(part.start())) {
+            space.tables.free(part);
+        }
+        left = rest_after(range, part);
     }
 }

@@ -25,7 +25,8 @@ use super::address_space::AddressSpace;
 use super::error::MemoryError;
 use super::gather::{Bracket, Gather, Quiesced, Tally};
 use super::outcome::Released;
-use super::page_table::{Table, page_after, rest_after};
+use super::page_cache::set_page_dirty;
+use super::page_table::{Slot, Table, page_after, rest_after};
 use super::{Inner, whole_pages};
 use crate::source::{Notifier, RoundResult};
 
@@ -37,7 +38,14 @@ pub(super) async fn dont_need<N: Notifier>(
 ) -> Result<Released, MemoryError> {
     whole_pages(range)?;
     let _claim = space.claim(range).await;
-    space.layout.read().vmas.all_allowing(range, Access::Read)?;
+    {
+        let layout = space.layout.read();
+        layout.vmas.all_allowing(range, Access::Read)?;
+        // can_madv_lru_vma(): what is locked in memory is not dropped from under its owner.
+        if let Some(locked) = layout.vmas.overlapping(range).find(|vma| vma.flags.locked) {
+            return Err(MemoryError::Locked { address: locked.range.start().max(range.start()) });
+        }
+    }
     unmap_vmas(inner, space, range, &[range], Cause::Clear).await
 }
 
@@ -67,7 +75,7 @@ pub(super) async fn zap_range(space: &AddressSpace, range: AddrRange, gather: &m
     while let Some((part, table)) = left.and_then(|range| space.tables.first_in(range)) {
         let mut from = Some(part.start());
         while let Some(first) = from {
-            from = clear_block(&table, first, part.last(), gather);
+            from = clear_block(space, &table, first, part.last(), gather);
             if gather.is_full() {
                 gather.flush(proof);
             }
@@ -78,13 +86,27 @@ pub(super) async fn zap_range(space: &AddressSpace, range: AddrRange, gather: &m
     }
 }
 
-/// `zap_pte_range`: clears entries under the page-table lock until the gather is full; where it stopped.
-fn clear_block(table: &Table, first: u64, last: u64, gather: &mut Gather) -> Option<u64> {
+/// `zap_pte_range`: clears entries under the page-table lock until the gather is full; where it stopped. A dirty
+/// bit goes to the page, if it is a file's.
+fn clear_block(
+    space: &AddressSpace,
+    table: &Table,
+    first: u64,
+    last: u64,
+    gather: &mut Gather,
+) -> Option<u64> {
+    let layout = space.layout.read();
     let mut entries = table.lock();
     let mut from = first;
     while !gather.is_full() {
-        let (address, entry) = entries.clear_first(from, last)?;
-        gather.add(entry.frame);
+        let next = entries.next_occupied(from, last)?;
+        if let Slot::Present(entry) | Slot::Moving(entry) = entries.slot(next)
+            && entry.dirty
+        {
+            set_page_dirty(&layout.vmas, next, entry.frame.life());
+        }
+        let (address, cleared) = entries.clear_first(next, last)?;
+        gather.add(cleared);
         from = page_after(address, last)?;
     }
     Some(from)

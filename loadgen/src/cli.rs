@@ -14,8 +14,8 @@ use crate::rule::Rule;
 
 /// Load on Shootdown, and a checker that looks at every byte that a device reads.
 ///
-/// Exit status: 0 when no read was stale and every path was seen, 1 when a read was stale, 2 for a wrong
-/// command line, 70 when the run failed or has shown nothing.
+/// Exit status: 0 when no read was stale, nothing was lost and every path was seen, 1 when a read was stale or
+/// a write was lost, 2 for a wrong command line, 70 when the run failed or has shown nothing.
 #[derive(Debug, Parser)]
 #[command(name = "shootdown-loadgen", version)]
 pub struct Cli {
@@ -79,13 +79,22 @@ pub struct Load {
     /// Pages of each address space
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub pages: u16,
-    /// What is exercised [default: all]
-    #[arg(long, value_delimiter = ',', default_values_t = Path::EVERY, hide_default_value = true)]
+    /// Threads of the host that work on each address space at once
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub threads: u16,
+    /// The most frames that are used for pages: beyond it reclaim makes room [default: as many as there are]
+    #[arg(long, value_name = "PAGES", default_value_t = 0, hide_default_value = true)]
+    pub memory_limit_pages: u32,
+    /// Every path is exercised: the default, unless a rule is broken
+    #[arg(long, conflicts_with = "paths")]
+    pub all: bool,
+    /// What is exercised [default: all, and of a run that breaks a rule those that show it]
+    #[arg(long, value_delimiter = ',')]
     pub paths: Vec<Path>,
     /// Of every random choice of the host and of each worker [default: one from the clock]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Break a rule on purpose: the run must fail, and ends when a stale read is found
+    /// Break a rule on purpose: the run must fail, and ends when the checker has found it
     #[arg(long = "break", value_enum, value_name = "RULE")]
     pub rule: Option<Rule>,
     /// How long a flush takes on a device: none, fixed:500us, exp:1ms, pareto:200us,1.5
@@ -150,16 +159,22 @@ impl Load {
     /// What the processes of the run are told.
     #[must_use]
     pub fn plan(&self, workspace: &Workspace, seed: u64) -> Plan {
-        let mut paths = self.paths.clone();
+        let mut paths = match (self.paths.as_slice(), self.rule) {
+            ([], Some(rule)) if !self.all => rule.paths(),
+            ([], _) => Path::EVERY.to_vec(),
+            (paths, _) => paths.to_vec(),
+        };
         paths.sort_unstable();
         paths.dedup();
         Plan {
             socket: workspace.socket(),
-            floor: workspace.floor(),
+            directory: workspace.path().into(),
             seed,
             devices: self.devices.into(),
             address_spaces: self.address_spaces.into(),
             pages: self.pages.into(),
+            threads: self.threads.into(),
+            memory_limit_pages: self.memory_limit_pages as usize,
             paths,
             rule: self.rule,
             pause: self.pause,
@@ -177,12 +192,14 @@ impl Load {
         let paths: Vec<&str> = plan.paths.iter().map(|path| path.name()).collect();
         let mut command = format!(
             "shootdown-loadgen check --seed {} --seconds {} --devices {} --address-spaces {} --pages {} \
-             --workers {} --write-ratio {} --cache-pages {} --shards {} --pause {} --flush-time {} --paths {}",
+             --threads {} --memory-limit-pages {} --workers {} --write-ratio {} --cache-pages {} --shards {} --pause {} --flush-time {} --paths {}",
             plan.seed,
             self.seconds,
             self.devices,
             self.address_spaces,
             self.pages,
+            self.threads,
+            self.memory_limit_pages,
             self.workers,
             self.write_ratio,
             self.cache_pages,

@@ -9,6 +9,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use crate::check::floor::{FloorError, FloorFile};
+use crate::check::history::{History, PageName};
+use crate::check::layout::Layout;
+use crate::check::lost::{LostWrite, LostYoung, MarkFile, UseFile};
 use crate::check::verdict::StaleRead;
 use crate::path::Path;
 use crate::report::StageSummary;
@@ -23,16 +27,20 @@ const LINES: usize = 256;
 pub struct Plan {
     /// The host agent's socket for devices.
     pub socket: PathBuf,
-    /// The floor file.
-    pub floor: PathBuf,
+    /// Where the files of the run are.
+    pub directory: PathBuf,
     /// Of every random choice.
     pub seed: u64,
     /// Device agents.
     pub devices: usize,
     /// Address spaces, without the children that they fork.
     pub address_spaces: usize,
-    /// Pages of each that the CPU stamps; one more follows for each device.
+    /// Pages of each that the CPU stamps: see [`Layout`].
     pub pages: usize,
+    /// Threads of the host that work on each.
+    pub threads: usize,
+    /// The most frames that are used for pages; 0: as many as there are.
+    pub memory_limit_pages: usize,
     /// What is exercised.
     pub paths: Vec<Path>,
     /// What is broken.
@@ -49,6 +57,56 @@ pub struct Plan {
     pub cache_pages: usize,
     /// Runtimes of the host agent.
     pub shards: usize,
+}
+
+/// What processes of a run share.
+#[derive(Debug)]
+pub struct Shared {
+    /// What each page must hold at least: from the host.
+    pub floors: FloorFile,
+    /// What devices have written: from the device that writes the page.
+    pub marks: MarkFile,
+    /// What devices have used: from each device, in rows of its own.
+    pub uses: UseFile,
+}
+
+impl Plan {
+    /// Where the pages are.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        Layout::new(self.address_spaces, self.pages, self.threads, self.devices)
+    }
+
+    /// Makes the files that processes share.
+    ///
+    /// # Errors
+    /// [`FloorError::File`].
+    pub fn create_shared(&self) -> Result<(), FloorError> {
+        let (slots, pages) = (self.layout().slots(), self.layout().pages());
+        drop(FloorFile::create(&self.directory.join("floor"), slots, pages)?);
+        drop(MarkFile::create(&self.directory.join("marks"), slots, pages)?);
+        drop(UseFile::create(&self.directory.join("uses"), slots, pages * self.devices)?);
+        Ok(())
+    }
+
+    /// Opens them.
+    ///
+    /// # Errors
+    /// [`FloorError::File`].
+    pub fn open_shared(&self) -> Result<Shared, FloorError> {
+        let pages = self.layout().pages();
+        Ok(Shared {
+            floors: FloorFile::open(&self.directory.join("floor"), pages)?,
+            marks: MarkFile::open(&self.directory.join("marks"), pages)?,
+            uses: UseFile::open(&self.directory.join("uses"), pages * self.devices)?,
+        })
+    }
+}
+
+/// The name of a device.
+#[must_use]
+pub fn device_name(index: usize) -> String {
+    format!("device-{index}")
 }
 
 /// To an agent.
@@ -79,7 +137,10 @@ pub enum ToAgent {
     /// Begin.
     Start,
     /// End, and report.
-    Stop,
+    Stop {
+        /// To the host agent: pages whose history is wanted.
+        wanted: Vec<PageName>,
+    },
 }
 
 /// From an agent.
@@ -111,8 +172,8 @@ pub enum FromAgent {
     Progress {
         /// Operations of the host, or checked reads of a device.
         done: u64,
-        /// Stale reads.
-        stale: u64,
+        /// Stale reads, lost writes, lost young bits.
+        wrong: u64,
     },
     /// Last, from the host agent.
     HostReport(Box<HostReport>),
@@ -146,6 +207,20 @@ pub struct HostReport {
     pub stale_reads: u64,
     /// Frames that were written to while they were free.
     pub stale_writes: u64,
+    /// Stale reads by what had taken the page last, by [`Path::index`].
+    pub stale_after: Vec<u64>,
+    /// Writes by devices that were not there any more.
+    pub lost_writes: u64,
+    /// Those, by what had taken the page last, by [`Path::index`].
+    pub lost_after: Vec<u64>,
+    /// The first of them.
+    pub lost: Vec<LostWrite>,
+    /// Uses that a young query did not know of.
+    pub lost_young: u64,
+    /// The first of them.
+    pub young: Vec<LostYoung>,
+    /// Of the pages that were asked for.
+    pub histories: Vec<History>,
 }
 
 /// What a device saw.
@@ -171,8 +246,18 @@ pub struct DeviceReport {
     pub reads_after: Vec<u64>,
     /// Reads that found what had been released.
     pub stale_reads: u64,
+    /// Those, by what had taken the page last, by [`Path::index`].
+    pub stale_after: Vec<u64>,
     /// The first of them.
     pub stale: Vec<StaleRead>,
+    /// Writes of this device that it did not find again.
+    pub lost_writes: u64,
+    /// Those, by what had taken the page last, by [`Path::index`].
+    pub lost_after: Vec<u64>,
+    /// The first of them.
+    pub lost: Vec<LostWrite>,
+    /// Pages that were written and could not be delivered before the session ended.
+    pub dirty_lost: u64,
 }
 
 /// The lines of an agent's standard input, read on a thread of their own: a runtime cannot be stopped while

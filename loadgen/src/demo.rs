@@ -104,7 +104,7 @@ fn progress_bar(length: Duration) -> ProgressBar {
 
 fn show(bar: &ProgressBar, progress: Progress) {
     bar.set_position(u64::try_from(progress.elapsed.as_millis()).unwrap_or(u64::MAX));
-    let Progress { elapsed, reads, operations, stale } = progress;
+    let Progress { elapsed, reads, operations, wrong } = progress;
     let seconds = elapsed.as_secs();
-    bar.set_message(format!("{seconds} s, {operations} operations, {reads} reads checked, {stale} stale"));
+    bar.set_message(format!("{seconds} s, {operations} operations, {reads} reads checked, {wrong} wrong"));
 }

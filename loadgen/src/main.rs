@@ -12,7 +12,7 @@ use shootdown_loadgen::report::Outcome;
 use shootdown_loadgen::{device, host, rounds};
 use tracing_subscriber::EnvFilter;
 
-/// A read was stale.
+/// A read was stale, or something was lost.
 const STALE: u8 = 1;
 
 /// The run failed, or has shown nothing (EX_SOFTWARE).
@@ -70,7 +70,7 @@ fn die_with_the_parent() -> anyhow::Result<()> {
 
 fn code_of(outcome: &Outcome) -> ExitCode {
     let failings = outcome.failings();
-    match failings.iter().any(|failing| failing.is_stale()) {
+    match failings.iter().any(|failing| failing.is_wrong()) {
         true => ExitCode::from(STALE),
         false if failings.is_empty() => ExitCode::SUCCESS,
         false => ExitCode::from(FAILED),

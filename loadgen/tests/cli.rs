@@ -6,11 +6,13 @@ use util::run;
 
 #[test]
 fn a_wrong_command_line_is_refused_with_what_would_do() {
-    let cases: [(&[&str], &str); 11] = [
+    let cases: [(&[&str], &str); 13] = [
         (&[], "Usage"),
         (&["bogus"], "bogus"),
         (&["check", "--paths", "mumap"], "munmap"),
         (&["check", "--break", "nothing"], "release-before-ack"),
+        (&["check", "--break", "nothing"], "mprotect-write-kept"),
+        (&["check", "--all", "--paths", "cow"], "cannot be used with"),
         (&["check", "--seconds", "0"], "more than 0"),
         (&["check", "--devices", "0"], "1..=64"),
         (&["check", "--write-ratio", "2"], "0 to 1"),

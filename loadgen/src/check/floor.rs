@@ -1,21 +1,15 @@
 //! The floor file: what each page must hold at least, as the host knows it and every device reads it.
 //!
-//! One record of 64 bytes for each page of each slot; a slot is a place that address spaces take in turn.
-//! It is written and read by `pwrite` and `pread`. Neither is atomic, so a record carries a checksum, and a
-//! reader that meets half of one reads again.
+//! A record for each page of each slot; a slot is a place that address spaces take in turn.
 
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::fs::FileExt as _;
-use std::path::{Path as FilePath, PathBuf};
-
-use crate::check::stamp::checksum;
+use crate::check::stamp::Stamp;
+use crate::check::table::{Row, Table};
 use crate::path::Path;
 
-const RECORD_BYTES: usize = 64;
+pub use crate::check::table::TableError as FloorError;
 
-/// How often a record is read that is being written. A write takes microseconds.
-const MOST_READS: usize = 10_000;
+/// The floor file.
+pub type FloorFile = Table<Record>;
 
 /// Whether a page may read as zeros.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,6 +39,18 @@ pub struct Record {
     /// Whether a device's own copy may be zeros: it may have been made between the release and the first
     /// stamp, of which no device is told.
     pub copy_zeros: Zeros,
+    /// Another address whose stamps the page may bear; 0: none. A page that was moved here was stamped
+    /// there, and one that has the bytes of another bears its stamp.
+    pub also_at: u64,
+    /// Their version.
+    pub also_version: u64,
+    /// Whether a read through a translation may find them.
+    pub also_in_frame: bool,
+    /// Whether a device's own copy may be of them: until the next round that takes the page from devices.
+    pub also_in_copies: bool,
+    /// Rises before the page is dropped, and again afterwards: what a device writes while it is odd, or
+    /// wrote before it rose, may be gone.
+    pub zaps: u64,
     /// What last took the page from devices.
     pub path: Path,
     /// Rises with every change.
@@ -61,190 +67,119 @@ impl Record {
         inherited_through: 0,
         zeros: Zeros::Forbidden,
         copy_zeros: Zeros::Forbidden,
+        also_at: 0,
+        also_version: 0,
+        also_in_frame: false,
+        also_in_copies: false,
+        zaps: 0,
         path: Path::Map,
         change: 0,
     };
 
-    fn to_bytes(self) -> [u8; RECORD_BYTES] {
+    /// Whether the page at `address` bears `stamp` because it was stored there, and not because it was moved.
+    #[must_use]
+    pub const fn is_own(&self, stamp: &Stamp, address: u64) -> bool {
+        stamp.address == address && stamp.version >= self.floor
+    }
+
+    /// Whether nothing was dropped since `zaps`, nor is being dropped.
+    #[must_use]
+    pub const fn keeps_since(&self, zaps: u64) -> bool {
+        self.zaps == zaps && zaps.is_multiple_of(2)
+    }
+}
+
+impl Default for Record {
+    fn default() -> Self {
+        Self::VACANT
+    }
+}
+
+impl Row for Record {
+    const WORDS: usize = 9;
+
+    fn to_words(&self) -> Vec<u64> {
         let bit = |zeros: Zeros| u64::from(zeros == Zeros::Allowed);
         let zeros = bit(self.copy_zeros) << 1 | bit(self.zeros);
-        let packed = self.change << 16 | (self.path.index() as u64) << 8 | zeros;
-        let said = [
+        let also = u64::from(self.also_in_copies) << 3 | u64::from(self.also_in_frame) << 2;
+        vec![
             self.address_space,
             self.floor,
             self.copy_floor,
             self.inherited_from,
             self.inherited_through,
-            packed,
-            !packed,
-        ];
-        let mut bytes = [0; RECORD_BYTES];
-        let words = said.into_iter().chain([checksum(&said)]);
-        for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
-            place.copy_from_slice(&word.to_le_bytes());
-        }
-        bytes
+            self.also_at,
+            self.also_version,
+            self.zaps,
+            self.change << 16 | (self.path.index() as u64) << 8 | also | zeros,
+        ]
     }
 
-    /// `None`: it was being written.
-    fn from_bytes(bytes: &[u8; RECORD_BYTES]) -> Option<Self> {
-        let mut words = [0; RECORD_BYTES / 8];
-        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-            *word = u64::from_le_bytes(bytes.try_into().ok()?);
-        }
-        let [address_space, floor, copy_floor, inherited_from, inherited_through, packed, _, sum] = words;
-        if sum != checksum(&words[..7]) {
+    fn from_words(words: &[u64]) -> Option<Self> {
+        let [
+            address_space,
+            floor,
+            copy_floor,
+            inherited_from,
+            inherited_through,
+            also_at,
+            also_version,
+            zaps,
+            packed,
+        ] = *words
+        else {
             return None;
-        }
-        let zeros = |bit: u64| if packed >> bit & 1 == 1 { Zeros::Allowed } else { Zeros::Forbidden };
+        };
+        let bit = |bit: u64| if packed >> bit & 1 == 1 { Zeros::Allowed } else { Zeros::Forbidden };
         Some(Self {
             address_space,
             floor,
             copy_floor,
             inherited_from,
             inherited_through,
-            zeros: zeros(0),
-            copy_zeros: zeros(1),
+            zeros: bit(0),
+            copy_zeros: bit(1),
+            also_at,
+            also_version,
+            also_in_frame: packed >> 2 & 1 == 1,
+            also_in_copies: packed >> 3 & 1 == 1,
+            zaps,
             path: Path::at(usize::from((packed >> 8) as u8))?,
             change: packed >> 16,
         })
     }
 }
 
-/// Why a floor could not be written or read.
-#[derive(Debug, thiserror::Error)]
-pub enum FloorError {
-    /// The file failed.
-    #[error("the floor file {path} cannot be used")]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        error: io::Error,
-    },
-    /// Every reading found half a record.
-    #[error("the floor of page {page} of slot {slot} was never whole")]
-    Torn {
-        /// The slot.
-        slot: usize,
-        /// The page.
-        page: usize,
-    },
-}
-
-/// The file.
-#[derive(Debug)]
-pub struct FloorFile {
-    file: File,
-    path: PathBuf,
-    pages: usize,
-}
-
-impl FloorFile {
-    /// Makes the file, with a vacant record for each of `pages` pages of each of `slots` slots.
-    ///
-    /// # Errors
-    /// [`FloorError::File`].
-    pub fn create(path: &FilePath, slots: usize, pages: usize) -> Result<Self, FloorError> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
-        let floors = Self { file: file.map_err(|error| failed(path, error))?, path: path.into(), pages };
-        for slot in 0..slots {
-            for page in 0..pages {
-                floors.write(slot, page, &Record::VACANT)?;
-            }
-        }
-        Ok(floors)
-    }
-
-    /// Opens the file of another process.
-    ///
-    /// # Errors
-    /// [`FloorError::File`].
-    pub fn open(path: &FilePath, pages: usize) -> Result<Self, FloorError> {
-        let file = OpenOptions::new().read(true).write(true).open(path);
-        Ok(Self { file: file.map_err(|error| failed(path, error))?, path: path.into(), pages })
-    }
-
-    /// Writes a record. Only the host does, and for each page only one of its tasks.
-    ///
-    /// # Errors
-    /// [`FloorError::File`].
-    pub fn write(&self, slot: usize, page: usize, record: &Record) -> Result<(), FloorError> {
-        let written = self.file.write_all_at(&record.to_bytes(), self.position(slot, page));
-        written.map_err(|error| failed(&self.path, error))
-    }
-
-    /// Reads a record, again until it is whole.
-    ///
-    /// # Errors
-    /// [`FloorError::File`], [`FloorError::Torn`].
-    pub fn read(&self, slot: usize, page: usize) -> Result<Record, FloorError> {
-        let mut bytes = [0; RECORD_BYTES];
-        for _ in 0..MOST_READS {
-            let read = self.file.read_exact_at(&mut bytes, self.position(slot, page));
-            read.map_err(|error| failed(&self.path, error))?;
-            if let Some(record) = Record::from_bytes(&bytes) {
-                return Ok(record);
-            }
-        }
-        Err(FloorError::Torn { slot, page })
-    }
-
-    fn position(&self, slot: usize, page: usize) -> u64 {
-        ((slot * self.pages + page) * RECORD_BYTES) as u64
-    }
-}
-
-fn failed(path: &FilePath, error: io::Error) -> FloorError {
-    FloorError::File { path: path.into(), error }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const RECORD: Record = Record {
-        address_space: 7,
-        floor: 40,
-        copy_floor: 30,
-        inherited_from: 5,
-        inherited_through: 35,
-        zeros: Zeros::Allowed,
-        copy_zeros: Zeros::Forbidden,
-        path: Path::Dontneed,
-        change: 12,
-    };
-
     #[test]
-    fn a_record_is_read_back_by_another_who_opened_the_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("floor");
-        let floors = FloorFile::create(&path, 2, 3).unwrap();
-        floors.write(1, 2, &RECORD).unwrap();
-        let other = FloorFile::open(&path, 3).unwrap();
-        assert_eq!(other.read(1, 2).unwrap(), RECORD);
-        assert_eq!(other.read(0, 2).unwrap(), Record::VACANT);
-        assert!(matches!(other.read(2, 0), Err(FloorError::File { .. })), "there is no third slot");
+    fn a_record_is_read_back_as_it_was_written() {
+        let record = Record {
+            address_space: 7,
+            floor: 40,
+            copy_floor: 30,
+            inherited_from: 5,
+            inherited_through: 35,
+            zeros: Zeros::Allowed,
+            copy_zeros: Zeros::Forbidden,
+            also_at: 0x4000,
+            also_version: 33,
+            also_in_frame: true,
+            also_in_copies: false,
+            zaps: 6,
+            path: Path::Ksm,
+            change: 12,
+        };
+        assert_eq!(Record::from_words(&record.to_words()), Some(record));
+        assert_eq!(Record::VACANT.to_words().len(), Record::WORDS);
     }
 
     #[test]
-    fn half_a_record_is_never_taken_for_a_whole_one() {
-        let (old, new) = (RECORD.to_bytes(), Record { floor: 41, change: 13, ..RECORD }.to_bytes());
-        for cut in 1..RECORD_BYTES {
-            let mut torn = new;
-            torn[cut..].copy_from_slice(&old[cut..]);
-            if torn != old && torn != new {
-                assert_eq!(Record::from_bytes(&torn), None, "cut at {cut}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_record_that_stays_half_is_an_error_and_not_a_floor() {
-        let dir = tempfile::tempdir().unwrap();
-        let floors = FloorFile::create(&dir.path().join("floor"), 1, 1).unwrap();
-        floors.file.write_all_at(&[1; 8], 16).unwrap();
-        assert!(matches!(floors.read(0, 0), Err(FloorError::Torn { slot: 0, page: 0 })));
+    fn what_was_written_before_or_during_a_zap_may_be_gone() {
+        let record = Record { zaps: 6, ..Record::VACANT };
+        assert!(record.keeps_since(6) && !record.keeps_since(4));
+        assert!(!Record { zaps: 7, ..record }.keeps_since(7));
     }
 }

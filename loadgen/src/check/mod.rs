@@ -12,8 +12,14 @@
 //! read that finds less than its floor began after the release was over: real-time order, without comparing
 //! two clocks. A read that began earlier may find either; the floor it has allows both.
 //!
-//! [`stamp`] is what pages hold, [`floor`] is what they must hold at least, [`verdict`] compares the two.
+//! [`stamp`] is what pages hold, [`layout`] is where they are, [`floor`] is what they must hold at least, and
+//! [`verdict`] compares the two. [`lost`] looks the other way: at what devices wrote and used. [`history`] tells
+//! how it came to it.
 
 pub mod stamp;
+pub mod layout;
+pub mod table;
 pub mod floor;
+pub mod history;
 pub mod verdict;
+pub mod lost;

@@ -3,8 +3,10 @@
 //! ```text
 //!   block        fresh, if                                        else
 //!   -----        ---------                                        ----
-//!   stamp        of this address, and of this address space       stale: elsewhere
-//!                (or inherited from its parent at the fork),
+//!   stamp        of this address (or of the one that the page     stale: elsewhere
+//!                was moved from, or has the bytes of), and of
+//!                this address space (or inherited from its
+//!                parent at the fork), or of this file,
 //!                and its version is not below the floor           stale: older
 //!   zeros        the record allows them, or it changed during     stale: zeros
 //!                the read
@@ -17,6 +19,10 @@
 //! store is changing, of which one half is old and one new, is *torn* and not stale: each half is valid by
 //! itself.
 //!
+//! A page may be moved to an address, or have the bytes of another, and bears the stamp of that place then. A
+//! record allows it from before the operation on; a read that began earlier may find it too, so such a page is
+//! stale only if the record has not changed during the read.
+//!
 //! Zeros are the one content without a version. A record allows them from before the page is dropped or
 //! mapped until its first stamp is stored; a device that finds zeros where the record forbade them looks at
 //! the record again, and if it has not changed during the read, no zero page was there to be found. A
@@ -24,14 +30,15 @@
 //! zeros in copies until the next round that takes the page from devices and leaves its content (fork, copy
 //! on write). So a stale copy of zeros goes unseen until then.
 //!
-//! The pages that devices write (one each) have stamps without a version: they are judged by writer, address
-//! and poison, so a stale copy of such a page that has the right writer goes unseen too.
+//! The pages that devices write have stamps whose versions are their device's own: here they are judged by
+//! writer, address and poison, and [`crate::check::lost`] judges what became of the last write.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::check::floor::{Record, Zeros};
+use crate::check::history::PageName;
 use crate::check::stamp::{Block, Stamp, Writer};
 use crate::path::Path;
 
@@ -57,8 +64,8 @@ pub enum Kind {
 /// A page that was read.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading<'a> {
-    /// The address space that was read.
-    pub address_space: u64,
+    /// Whose stamps it bears: the address space's that was read, or its file's.
+    pub owner: u64,
     /// The page's first address.
     pub address: u64,
     /// What kind of page it is.
@@ -93,6 +100,10 @@ pub enum Found {
     Mangled,
     /// Anything at all, in an address space that has ended.
     Ended,
+    /// Anything at all, behind the end of its file.
+    BehindTheEnd,
+    /// What a device wrote while no device had the leave to write.
+    WrittenWithoutLeave,
 }
 
 /// What a reading comes to.
@@ -104,8 +115,8 @@ pub enum Judgement {
     Torn,
     /// A store may be under way in the middle of a block: read it again.
     ReadAgain,
-    /// Zeros: stale, unless the record changed during the read.
-    ZerosIfUnchanged,
+    /// Zeros, or the page of another address: stale, unless the record changed during the read.
+    StaleIfUnchanged(Found),
     /// It is not valid any more.
     Stale(Found),
 }
@@ -113,7 +124,7 @@ pub enum Judgement {
 /// Judges a reading by the record that was read before it began.
 #[must_use]
 pub fn judge(reading: &Reading<'_>, before: &Record) -> Judgement {
-    if before.address_space != reading.address_space {
+    if before.address_space != reading.owner {
         return Judgement::Stale(Found::Ended);
     }
     let blocks = Block::of_page(reading.page);
@@ -138,7 +149,10 @@ fn judge_block(block: Block, reading: &Reading<'_>, before: &Record) -> Judgemen
                 Origin::Frame => before.zeros,
                 Origin::Copy => before.copy_zeros,
             };
-            if allowed == Zeros::Allowed { Judgement::Fresh } else { Judgement::ZerosIfUnchanged }
+            match allowed {
+                Zeros::Allowed => Judgement::Fresh,
+                Zeros::Forbidden => Judgement::StaleIfUnchanged(Found::Zeros),
+            }
         }
         (Block::Stamp(stamp), kind) => judge_stamp(stamp, kind, reading, before),
     }
@@ -151,15 +165,26 @@ fn judge_stamp(stamp: Stamp, kind: Kind, reading: &Reading<'_>, before: &Record)
         Kind::Stamped => Writer::Cpu,
         Kind::Scratch => Writer::Device,
     };
-    if address != reading.address || writer != writer_of_kind {
-        return elsewhere;
-    }
-    let own = address_space == reading.address_space;
+    let own = address_space == reading.owner;
     let of_parent = before.inherited_from != 0 && address_space == before.inherited_from;
-    if !own && !of_parent {
+    if writer != writer_of_kind || !(own || of_parent) {
         return elsewhere;
     }
-    // A device's stamps have no versions: two devices do not count together.
+    let may = match reading.origin {
+        Origin::Frame => before.also_in_frame,
+        Origin::Copy => before.also_in_copies,
+    };
+    // First, for a page may be moved away from here and back.
+    if may && kind == Kind::Stamped && (address, version) == (before.also_at, before.also_version) {
+        return Judgement::Fresh;
+    }
+    if address != reading.address {
+        return match kind {
+            Kind::Stamped => Judgement::StaleIfUnchanged(Found::Elsewhere { address_space, address }),
+            Kind::Scratch => elsewhere,
+        };
+    }
+    // A device's versions are its own.
     if kind == Kind::Scratch {
         return Judgement::Fresh;
     }
@@ -190,11 +215,15 @@ pub struct StaleRead {
     pub origin: Origin,
     /// What had taken the page from devices last.
     pub released_by: Path,
+    /// Where its history is.
+    pub page: PageName,
+    /// When it was found, on the machine's clock, in nanoseconds.
+    pub at: u64,
 }
 
 impl fmt::Display for StaleRead {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { device, address_space, address, expected_at_least, found, origin, released_by } = self;
+        let Self { device, address_space, address, expected_at_least, found, origin, released_by, .. } = self;
         let by = match origin {
             Origin::Frame => "through a translation",
             Origin::Copy => "from its copy of the page",
@@ -218,6 +247,8 @@ impl fmt::Display for Found {
             Self::Zeros => f.write_str("zeros"),
             Self::Mangled => f.write_str("no whole stamp"),
             Self::Ended => f.write_str("a page, though the address space has ended"),
+            Self::BehindTheEnd => f.write_str("a page, though its file ends before it"),
+            Self::WrittenWithoutLeave => f.write_str("what a device wrote without leave"),
         }
     }
 }
@@ -242,6 +273,11 @@ mod tests {
         inherited_through: 30,
         zeros: Zeros::Forbidden,
         copy_zeros: Zeros::Forbidden,
+        also_at: 0x9000,
+        also_version: 12,
+        also_in_frame: true,
+        also_in_copies: false,
+        zaps: 0,
         path: Path::Munmap,
         change: 1,
     };
@@ -251,7 +287,7 @@ mod tests {
     }
 
     fn judged(page: &[u8], kind: Kind, origin: Origin, record: &Record) -> Judgement {
-        let reading = Reading { address_space: SPACE, address: ADDRESS, kind, origin, page };
+        let reading = Reading { owner: SPACE, address: ADDRESS, kind, origin, page };
         judge(&reading, record)
     }
 
@@ -292,7 +328,18 @@ mod tests {
     fn a_page_of_another_address_is_stale() {
         let other = Stamp { address: 0x6000, ..stamp(SPACE, 25) };
         let elsewhere = Found::Elsewhere { address_space: SPACE, address: 0x6000 };
-        assert_eq!(in_frame(&other.to_page()), Judgement::Stale(elsewhere));
+        assert_eq!(in_frame(&other.to_page()), Judgement::StaleIfUnchanged(elsewhere));
+    }
+
+    #[test]
+    fn a_page_may_bear_the_stamp_that_it_came_with_and_no_other_of_that_address() {
+        let there = |version| Stamp { address: 0x9000, ..stamp(SPACE, version) }.to_page();
+        assert_eq!(in_frame(&there(12)), Judgement::Fresh, "it is older than the place's own may be");
+        let elsewhere = Found::Elsewhere { address_space: SPACE, address: 0x9000 };
+        let elsewhere = Judgement::StaleIfUnchanged(elsewhere);
+        assert_eq!(in_frame(&there(11)), elsewhere);
+        assert_eq!(in_frame(&there(23)), elsewhere);
+        assert_eq!(judged(&there(12), Kind::Stamped, Origin::Copy, &RECORD), elsewhere);
     }
 
     #[test]
@@ -322,11 +369,12 @@ mod tests {
     #[test]
     fn zeros_are_fresh_only_while_the_record_allows_them() {
         let zeros = [0; PAGE_BYTES];
-        assert_eq!(in_frame(&zeros), Judgement::ZerosIfUnchanged);
+        let stale = Judgement::StaleIfUnchanged(Found::Zeros);
+        assert_eq!(in_frame(&zeros), stale);
         let allowed = Record { zeros: Zeros::Allowed, ..RECORD };
         assert_eq!(judged(&zeros, Kind::Stamped, Origin::Frame, &allowed), Judgement::Fresh);
         assert_eq!(judged(&zeros, Kind::Scratch, Origin::Frame, &RECORD), Judgement::Fresh);
-        assert_eq!(judged(&zeros, Kind::Stamped, Origin::Copy, &allowed), Judgement::ZerosIfUnchanged);
+        assert_eq!(judged(&zeros, Kind::Stamped, Origin::Copy, &allowed), stale);
         let in_copies = Record { copy_zeros: Zeros::Allowed, ..RECORD };
         assert_eq!(judged(&zeros, Kind::Stamped, Origin::Copy, &in_copies), Judgement::Fresh);
     }

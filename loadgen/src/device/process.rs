@@ -5,17 +5,18 @@ use std::time::Duration;
 
 use shootdown_client::agent::{Accelerator, AcceleratorConfig, FlushTimeError, WritePolicy};
 use shootdown_client::{
-    AddrRange, AddressSpaceId, ConnectError, Device, DeviceConfig, DeviceId, DeviceIdError, Endpoint,
-    OwnerTag, Reason, SubscribeError, SubscribeOptions, TransportError,
+    AddrRange, AddressSpaceId, ChangePte, Clock, ConnectError, Device, DeviceConfig, DeviceId, DeviceIdError,
+    Endpoint, OwnerTag, Reason, SubscribeError, SubscribeOptions, TransportError,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::seam::Seam;
-use super::worker::{Bench, name};
-use crate::check::floor::{FloorError, FloorFile};
-use crate::control::{self, DeviceReport, FromAgent, ToAgent, say};
+use super::worker::Bench;
+use super::writes::Writes;
+use crate::check::floor::FloorError;
+use crate::control::{self, DeviceReport, FromAgent, ToAgent, device_name, say};
 use crate::path::Path;
 
 /// Threads of a device agent: its flushes and its accesses run at the same time.
@@ -80,28 +81,39 @@ async fn serve(mut parent: mpsc::Receiver<ToAgent>) -> Result<(), DeviceProcessE
         return Err(DeviceProcessError::NoPlan);
     };
     let accelerator = Accelerator::new(AcceleratorConfig {
-        // Every second device keeps copies of pages; the others see what is in the frames.
+        // Every second device keeps copies of pages, and what it writes, until a flush; the others see what
+        // is in the frames.
         cache_pages: if index % 2 == 1 { plan.cache_pages } else { 0 },
-        // The checker wants what a write left in the frame.
-        write_policy: WritePolicy::Through,
+        write_policy: WritePolicy::Back,
         flush_time: plan.flush_time.parse()?,
         seed: plan.seed.wrapping_add(index as u64),
         ..AcceleratorConfig::default()
     });
     let own = OwnerTag::new(index as u64 + 1).unwrap_or(OwnerTag::FIRST);
     let seam = Arc::new(Seam::new(Arc::clone(&accelerator), own, plan.rule));
-    let config = DeviceConfig::new(DeviceId::new(&name(index))?, Endpoint::Unix(plan.socket.clone()));
+    let endpoint = Endpoint::Unix(plan.socket.clone());
+    let mut config = DeviceConfig::new(DeviceId::new(&device_name(index))?, endpoint);
+    config.change_pte = ChangePte::Supported;
     let device = Device::connect(config, Arc::clone(&seam)).await?;
     accelerator.attach(&device)?;
 
-    let slots = 2 * plan.address_spaces;
-    let report = DeviceReport { reads_after: vec![0; Path::EVERY.len()], ..DeviceReport::default() };
+    let layout = plan.layout();
+    let by_path = vec![0; Path::EVERY.len()];
+    let report = DeviceReport {
+        reads_after: by_path.clone(),
+        stale_after: by_path.clone(),
+        lost_after: by_path,
+        ..DeviceReport::default()
+    };
     let bench = Arc::new(Bench {
         accelerator,
-        floors: FloorFile::open(&plan.floor, plan.pages + plan.devices)?,
+        shared: plan.open_shared()?,
+        layout,
         plan: *plan,
         index,
-        lives: parking_lot::RwLock::new(vec![None; slots]),
+        lives: parking_lot::RwLock::new(vec![None; layout.homes()]),
+        writes: Writes::new(&layout, index),
+        clock: Clock::boottime(),
         report: parking_lot::Mutex::new(report),
     });
     let stopped = attend(&mut parent, &device, &bench).await?;
@@ -111,6 +123,7 @@ async fn serve(mut parent: mpsc::Receiver<ToAgent>) -> Result<(), DeviceProcessE
         report.flushes = seam.flushes();
         let counts = bench.accelerator.access_counts();
         (report.tlb_hits, report.faults) = (counts.hits, counts.faults);
+        report.dirty_lost = counts.dirty_lost;
         say(&FromAgent::DeviceReport(Box::new(report))).map_err(DeviceProcessError::Parent)?;
     }
     Ok(())
@@ -144,18 +157,18 @@ async fn attend(
                     let (bench, stop) = (Arc::clone(bench), stop.clone());
                     workers.spawn(async move { bench.work(worker, stop).await });
                 },
-                Some(ToAgent::Stop) => break Stopped::Asked,
+                Some(ToAgent::Stop { .. }) => break Stopped::Asked,
                 Some(ToAgent::Plan { .. }) => {}
                 None => break Stopped::ParentGone,
             },
             end = device.lost() => return Err(DeviceProcessError::Lost(end.cause)),
             Some(ended) = workers.join_next() => ended.map_err(|_| DeviceProcessError::Worker)??,
             _ = tick.tick() => {
-                let (done, stale) = {
+                let (done, wrong) = {
                     let report = bench.report.lock();
-                    (report.reads, report.stale_reads)
+                    (report.reads, report.stale_reads + report.lost_writes)
                 };
-                say(&FromAgent::Progress { done, stale }).map_err(DeviceProcessError::Parent)?;
+                say(&FromAgent::Progress { done, wrong }).map_err(DeviceProcessError::Parent)?;
             }
         }
     };

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use shootdown_client::agent::Accelerator;
-use shootdown_client::{DeviceTlb, FlushAllCause, Flushed, Invalidation, OwnerTag, Young};
+use shootdown_client::{CommitTicket, DeviceTlb, FlushAllCause, Flushed, Invalidation, OwnerTag, Young};
 
 use crate::rule::Rule;
 
@@ -26,6 +26,11 @@ pub(super) struct Seam {
 impl Seam {
     pub(super) fn new(accelerator: Arc<Accelerator>, own: OwnerTag, rule: Option<Rule>) -> Self {
         Self { accelerator, own, rule, flushes: Mutex::new(0) }
+    }
+
+    /// Whether the accelerator is asked as it is.
+    fn passes(&self, invalidation: &Invalidation) -> bool {
+        invalidation.owner != Some(self.own) && self.rule != Some(Rule::FlushAfterAck)
     }
 
     pub(super) fn flushes(&self) -> u64 {
@@ -53,6 +58,36 @@ impl DeviceTlb for Seam {
 
     async fn flush_all(&self, cause: FlushAllCause) {
         self.accelerator.flush_all(cause).await;
+    }
+
+    async fn clear_flush_young(&self, invalidation: Invalidation) -> Flushed {
+        match self.passes(&invalidation) {
+            true => {
+                *self.flushes.lock() += 1;
+                self.accelerator.clear_flush_young(invalidation).await
+            }
+            false => self.invalidate(invalidation).await,
+        }
+    }
+
+    async fn change_pte(&self, invalidation: Invalidation, replacement: CommitTicket) -> Flushed {
+        match self.passes(&invalidation) {
+            true => {
+                *self.flushes.lock() += 1;
+                self.accelerator.change_pte(invalidation, replacement).await
+            }
+            false => self.invalidate(invalidation).await,
+        }
+    }
+
+    async fn release(&self, invalidation: Invalidation) -> Flushed {
+        match self.passes(&invalidation) {
+            true => {
+                *self.flushes.lock() += 1;
+                self.accelerator.release(invalidation).await
+            }
+            false => self.invalidate(invalidation).await,
+        }
     }
 
     async fn clear_young(&self, invalidation: Invalidation) -> Young {

@@ -15,7 +15,8 @@ use tokio::sync::mpsc;
 
 use super::child::{Agent, ChildError, Noise, Said};
 use super::{DEVICE_AGENT, HOST_AGENT};
-use crate::check::floor::{FloorError, FloorFile};
+use crate::check::floor::FloorError;
+use crate::check::history::PageName;
 use crate::control::{DeviceReport, FromAgent, HostReport, Plan, ToAgent};
 
 /// Lines that agents said and that were not handled yet; when it is full their readers wait.
@@ -59,8 +60,8 @@ pub struct Progress {
     pub reads: u64,
     /// Operations of the host.
     pub operations: u64,
-    /// Stale reads.
-    pub stale: u64,
+    /// Stale reads, lost writes, lost young bits.
+    pub wrong: u64,
 }
 
 /// What a run brought.
@@ -76,7 +77,8 @@ pub struct Conducted {
     pub stopped_early: bool,
 }
 
-/// Runs `plan` for so long; a broken rule only until it is found. `watch` is told how far it is.
+/// Runs `plan` for so long, or until something is found to be wrong: what led to it is known then, and later
+/// is not. `watch` is told how far it is.
 ///
 /// # Errors
 /// [`FleetError`]; no process is left behind.
@@ -89,7 +91,7 @@ pub async fn conduct(
     noise: Noise,
     watch: impl FnMut(Progress),
 ) -> Result<Conducted, FleetError> {
-    drop(FloorFile::create(&plan.floor, 2 * plan.address_spaces, plan.pages + plan.devices)?);
+    plan.create_shared()?;
     let mut signals = Signals::new()?;
     let (tx, rx) = mpsc::channel(LINES);
     let mut fleet = Fleet::new(plan.clone(), rx);
@@ -121,7 +123,7 @@ struct Fleet {
 
 impl Fleet {
     fn new(plan: Plan, rx: mpsc::Receiver<Said>) -> Self {
-        let (slots, devices) = (2 * plan.address_spaces, plan.devices);
+        let (slots, devices) = (plan.layout().homes(), plan.devices);
         Self {
             plan,
             clock: Clock::boottime(),
@@ -164,10 +166,11 @@ impl Fleet {
         self.tell(0, &ToAgent::Start).await?;
         let stopped_early = self.pass(started, length, &mut watch).await?;
         let took = self.clock.now().since(started);
-        self.tell_devices(&ToAgent::Stop).await?;
+        self.tell_devices(&ToAgent::Stop { wanted: Vec::new() }).await?;
         self.stopping = true;
         self.until("done", |fleet| fleet.devices.iter().all(Option::is_some)).await?;
-        self.tell(0, &ToAgent::Stop).await?;
+        let wanted = self.wanted();
+        self.tell(0, &ToAgent::Stop { wanted }).await?;
         self.until("done", |fleet| fleet.host.is_some()).await?;
         for agent in self.agents.drain(..) {
             agent.finish().await?;
@@ -220,7 +223,7 @@ impl Fleet {
                 _ = tick.tick() => {
                     let progress = self.progress(self.clock.now().since(started));
                     watch(progress);
-                    if self.plan.rule.is_some() && progress.stale > 0 {
+                    if progress.wrong > 0 {
                         return Ok(true);
                     }
                     if progress.elapsed >= length {
@@ -232,12 +235,23 @@ impl Fleet {
         }
     }
 
+    /// The pages on which devices found something; what the host found itself it knows.
+    fn wanted(&self) -> Vec<PageName> {
+        let devices = self.devices.iter().flatten();
+        devices
+            .flat_map(|device| {
+                let stale = device.stale.iter().map(|stale| stale.page);
+                stale.chain(device.lost.iter().map(|lost| lost.page))
+            })
+            .collect()
+    }
+
     fn progress(&self, elapsed: Duration) -> Progress {
         Progress {
             elapsed,
             operations: self.done[0].0,
             reads: self.done[1..].iter().map(|(reads, _)| reads).sum(),
-            stale: self.done.iter().map(|(_, stale)| stale).sum(),
+            wrong: self.done.iter().map(|(_, wrong)| wrong).sum(),
         }
     }
 
@@ -246,7 +260,7 @@ impl Fleet {
         match said {
             Some(FromAgent::Ready) => self.ready += 1,
             Some(FromAgent::Subscribed { .. }) => self.subscribed += 1,
-            Some(FromAgent::Progress { done, stale }) => self.done[number] = (done, stale),
+            Some(FromAgent::Progress { done, wrong }) => self.done[number] = (done, wrong),
             Some(FromAgent::Lives { slot, address_space }) => {
                 self.lives[slot] = Some(address_space);
                 self.tell_devices(&ToAgent::Lives { slot, address_space }).await?;

@@ -1,4 +1,5 @@
-//! The directory of a run: its socket and its floor file. It goes when the run ends, however it ends.
+//! The directory of a run: its socket, its files, and what the processes share. It goes when the run ends,
+//! however it ends.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -28,11 +29,5 @@ impl Workspace {
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.0.path().join("device.sock")
-    }
-
-    /// The floor file.
-    #[must_use]
-    pub fn floor(&self) -> PathBuf {
-        self.0.path().join("floor")
     }
 }

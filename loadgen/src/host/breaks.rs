@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shootdown_client::{AddrRange, AddressSpaceId, Cause, Moment, OwnerTag, PageSize, Seq};
+use shootdown_client::{AddrRange, AddressSpaceId, Cause, Moment, OwnerTag, PageSize, Seq, Translation};
 use shootdown_server::clock::Clock;
+use shootdown_server::source::memory::Twin;
 use shootdown_server::source::{
     Invalidation, Notifier, NotifyError, RoundResult, RoundTimes, Translate, Verdict, Wait,
 };
@@ -20,6 +21,12 @@ use crate::rule::Rule;
 /// to fault in the window, which is there by accident only.
 const WINDOW: Duration = Duration::from_millis(20);
 
+/// How much later a call is made that comes too late: time for some reads, on a machine that is busy too.
+const LATE: Duration = Duration::from_millis(50);
+
+/// How much later a hint is: after its bracket, and before the page is taken from devices once more.
+const HINT_LATE: Duration = Duration::from_millis(4);
+
 /// The owner tag of the device that skips.
 pub(crate) const SKIPPING: OwnerTag = OwnerTag::FIRST;
 
@@ -28,6 +35,7 @@ pub(crate) const SKIPPING: OwnerTag = OwnerTag::FIRST;
 pub(super) struct Breaks<N> {
     inner: Arc<N>,
     rule: Option<Rule>,
+    moving: Moving,
     clock: Clock,
     runtime: Handle,
     state: Mutex<State>,
@@ -43,13 +51,36 @@ struct State {
     invented: u64,
 }
 
-impl<N: Notifier> Breaks<N> {
-    pub(super) fn new(inner: N, rule: Option<Rule>, clock: Clock, runtime: Handle) -> Self {
-        Self { inner: Arc::new(inner), rule, clock, runtime, state: Mutex::default() }
-    }
+/// Where pages are about to be moved to, as the workload says it: a place is made free before, and a device
+/// that keeps what it holds there must not hear of that either. A clone is the same.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Moving(Arc<Mutex<Vec<(AddressSpaceId, AddrRange)>>>);
 
-    pub(super) fn honest(&self) -> &N {
-        &self.inner
+/// A place that pages are moved to, until it is dropped.
+#[derive(Debug)]
+pub(super) struct MovingTo {
+    moving: Moving,
+    place: (AddressSpaceId, AddrRange),
+}
+
+/// What becomes of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Deed {
+    /// It goes through.
+    Honest,
+    /// It goes through in the name of the device that skips.
+    ForTheSkipping,
+    /// It goes through, and its bracket ends at once.
+    EndedEarly,
+    /// It is answered at once, and goes through so much later.
+    Behind(Duration),
+    /// It is answered, and never goes through.
+    Never,
+}
+
+impl<N: Notifier> Breaks<N> {
+    pub(super) fn new(inner: N, rule: Option<Rule>, moving: Moving, clock: Clock, runtime: Handle) -> Self {
+        Self { inner: Arc::new(inner), rule, moving, clock, runtime, state: Mutex::default() }
     }
 
     pub(super) fn register(
@@ -60,15 +91,62 @@ impl<N: Notifier> Breaks<N> {
         self.inner.register(name, source)
     }
 
+    /// Whose call it is says [`Twin::current`].
+    fn deed(&self, address_space: AddressSpaceId, range: AddrRange) -> Deed {
+        let Some(rule) = self.rule else { return Deed::Honest };
+        let (all, twins, deed): (_, &[Twin], _) = match rule {
+            Rule::ReleaseBeforeAck => (true, &[], Deed::Behind(Duration::ZERO)),
+            Rule::SkipOneTarget => (true, &[], Deed::ForTheSkipping),
+            Rule::GrantInWindow => (true, &[], Deed::EndedEarly),
+            Rule::FlushAfterAck | Rule::YoungBitsDropped | Rule::ChangePteOutsideBracket => {
+                (true, &[], Deed::Honest)
+            }
+            Rule::CowFreeBeforeNotify => (false, &[Twin::CopyOnWrite], Deed::Behind(LATE)),
+            Rule::PlaceholderNotInvalidated => (false, &[Twin::Placeholder], Deed::Never),
+            Rule::WriteKeptAfterMkclean => (false, &[Twin::WriteBack], Deed::Never),
+            Rule::SwapFailMistaken => (false, &[Twin::SwapOut], Deed::Never),
+            Rule::MigrateNotNotified => (false, &[Twin::Migrate], Deed::Never),
+            Rule::ClusterOutsideBracket => (false, &[Twin::Cluster], Deed::Behind(LATE)),
+            Rule::GatherFreedBeforeFlush => {
+                (false, &[Twin::Unmap, Twin::DontNeed, Twin::Truncate], Deed::Behind(Duration::ZERO))
+            }
+            Rule::ReleaseAfterUnmap => (false, &[Twin::Exit], Deed::Behind(LATE)),
+            Rule::CollapseNotBracketed => (false, &[Twin::Collapse], Deed::Never),
+            Rule::MprotectWriteKept => (false, &[Twin::Protect], Deed::Never),
+            Rule::MremapNewPlaceKept => {
+                let twins: &[Twin] = match self.moving.is_place(address_space, range) {
+                    true => &[Twin::Unmap, Twin::Remap],
+                    false => &[],
+                };
+                (false, twins, Deed::Never)
+            }
+            Rule::MremapOldPlaceKept => {
+                let twins: &[Twin] = match self.moving.is_place(address_space, range) {
+                    true => &[],
+                    false => &[Twin::Remap],
+                };
+                (false, twins, Deed::Never)
+            }
+        };
+        let is_meant = all || Twin::current().is_some_and(|twin| twins.contains(&twin));
+        if is_meant { deed } else { Deed::Honest }
+    }
+
     pub(super) async fn start(&self, invalidation: Invalidation) -> Result<RoundResult, NotifyError> {
-        match self.rule {
-            None | Some(Rule::FlushAfterAck) => self.inner.invalidate_range_start(invalidation).await,
-            Some(Rule::SkipOneTarget) => {
+        let deed = self.deed(invalidation.address_space, invalidation.range);
+        self.start_as(deed, invalidation).await
+    }
+
+    async fn start_as(&self, deed: Deed, invalidation: Invalidation) -> Result<RoundResult, NotifyError> {
+        match deed {
+            Deed::Honest => self.inner.invalidate_range_start(invalidation).await,
+            Deed::ForTheSkipping => {
                 let owner = Some(SKIPPING);
                 self.inner.invalidate_range_start(Invalidation { owner, ..invalidation }).await
             }
-            Some(Rule::ReleaseBeforeAck) => Ok(self.start_behind(invalidation)),
-            Some(Rule::GrantInWindow) => {
+            Deed::Behind(late) => Ok(self.start_behind(invalidation, Some(late))),
+            Deed::Never => Ok(self.start_behind(invalidation, None)),
+            Deed::EndedEarly => {
                 let round = self.inner.invalidate_range_start(invalidation).await?;
                 if let Some(seq) = round.seq {
                     self.inner.invalidate_range_end(invalidation.address_space, seq)?;
@@ -103,29 +181,86 @@ impl<N: Notifier> Breaks<N> {
         cause: Cause,
         wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        if matches!(self.rule, None | Some(Rule::FlushAfterAck)) {
+        let range = AddrRange::page_of(address, PageSize::BASE);
+        let deed = self.deed(address_space, range);
+        if deed == Deed::Honest {
             return self.inner.invalidate_page(address_space, address, cause, wait).await;
         }
-        let range = AddrRange::page_of(address, PageSize::BASE);
-        let round = self.start(Invalidation { address_space, range, cause, owner: None, wait }).await?;
+        let invalidation = Invalidation { address_space, range, cause, owner: None, wait };
+        let round = self.start_as(deed, invalidation).await?;
         if let Some(seq) = round.seq {
             self.end(address_space, seq)?;
         }
         Ok(round)
     }
 
-    pub(super) async fn release(&self, address_space: AddressSpaceId) -> Result<RoundResult, NotifyError> {
-        if self.rule != Some(Rule::ReleaseBeforeAck) {
-            return self.inner.release(address_space).await;
+    /// Too late the hint names a page that may be gone.
+    pub(super) async fn change_pte(
+        &self,
+        address_space: AddressSpaceId,
+        translation: Translation,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        if self.rule != Some(Rule::ChangePteOutsideBracket) {
+            return self.inner.change_pte(address_space, translation, wait).await;
         }
+        let address = translation.range.start();
+        let round = self.inner.invalidate_page(address_space, address, Cause::Clear, wait).await?;
+        let inner = Arc::clone(&self.inner);
+        self.runtime.spawn(async move {
+            tokio::time::sleep(HINT_LATE).await;
+            inner.change_pte(address_space, translation, Wait::ForTargets).await.map(drop)
+        });
+        Ok(round)
+    }
+
+    pub(super) async fn clear_flush_young(
+        &self,
+        address_space: AddressSpaceId,
+        range: AddrRange,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        self.inner.clear_flush_young(address_space, range, wait).await.map(|round| self.seen(round))
+    }
+
+    pub(super) async fn clear_young(
+        &self,
+        address_space: AddressSpaceId,
+        range: AddrRange,
+        wait: Wait,
+    ) -> Result<RoundResult, NotifyError> {
+        self.inner.clear_young(address_space, range, wait).await.map(|round| self.seen(round))
+    }
+
+    fn seen(&self, round: RoundResult) -> RoundResult {
+        let young = round.young && self.rule != Some(Rule::YoungBitsDropped);
+        RoundResult { young, ..round }
+    }
+
+    pub(super) fn test_young(
+        &self,
+        address_space: AddressSpaceId,
+        range: AddrRange,
+    ) -> Result<bool, NotifyError> {
+        self.inner.test_young(address_space, range)
+    }
+
+    pub(super) async fn release(&self, address_space: AddressSpaceId) -> Result<RoundResult, NotifyError> {
+        let Deed::Behind(late) = self.deed(address_space, AddrRange::ALL) else {
+            return self.inner.release(address_space).await;
+        };
         let called = self.clock.now();
         let inner = Arc::clone(&self.inner);
-        self.runtime.spawn(async move { inner.release(address_space).await.map(drop) });
+        self.runtime.spawn(async move {
+            tokio::time::sleep(late).await;
+            inner.release(address_space).await.map(drop)
+        });
         Ok(self.pretend(None, called))
     }
 
-    /// The real round goes on in a task, and its bracket is ended when the source has ended the pretended one.
-    fn start_behind(&self, invalidation: Invalidation) -> RoundResult {
+    /// The real round goes on in a task so much later, or does not; its bracket is ended when the source has
+    /// ended the pretended one.
+    fn start_behind(&self, invalidation: Invalidation, late: Option<Duration>) -> RoundResult {
         let called = self.clock.now();
         let (end_tx, end_rx) = oneshot::channel();
         let seq = {
@@ -136,15 +271,18 @@ impl<N: Notifier> Breaks<N> {
             state.behind.insert(seq, end_tx);
             seq
         };
-        let inner = Arc::clone(&self.inner);
-        self.runtime.spawn(async move {
-            let Ok(round) = inner.invalidate_range_start(invalidation).await else { return };
-            // Dropped unsent where the source was dropped: the bracket must end as well.
-            let _ = end_rx.await;
-            if let Some(seq) = round.seq {
-                let _ = inner.invalidate_range_end(invalidation.address_space, seq);
-            }
-        });
+        if let Some(late) = late {
+            let inner = Arc::clone(&self.inner);
+            self.runtime.spawn(async move {
+                tokio::time::sleep(late).await;
+                let Ok(round) = inner.invalidate_range_start(invalidation).await else { return };
+                // Dropped unsent where the source was dropped: the bracket must end as well.
+                let _ = end_rx.await;
+                if let Some(seq) = round.seq {
+                    let _ = inner.invalidate_range_end(invalidation.address_space, seq);
+                }
+            });
+        }
         self.pretend(Some(seq), called)
     }
 
@@ -157,6 +295,30 @@ impl<N: Notifier> Breaks<N> {
             young: false,
             dirty: false,
             times,
+        }
+    }
+}
+
+impl Moving {
+    /// Pages are about to be moved to `range`.
+    pub(super) fn begin(&self, address_space: AddressSpaceId, range: AddrRange) -> MovingTo {
+        let place = (address_space, range);
+        self.0.lock().push(place);
+        MovingTo { moving: self.clone(), place }
+    }
+
+    fn is_place(&self, address_space: AddressSpaceId, range: AddrRange) -> bool {
+        let within =
+            |(id, place): &(_, AddrRange)| *id == address_space && place.intersection(range) == Some(range);
+        self.0.lock().iter().any(within)
+    }
+}
+
+impl Drop for MovingTo {
+    fn drop(&mut self) {
+        let mut places = self.moving.0.lock();
+        if let Some(at) = places.iter().position(|place| *place == self.place) {
+            places.swap_remove(at);
         }
     }
 }

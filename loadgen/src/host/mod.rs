@@ -1,11 +1,18 @@
 //! The host agent's process: the library of `shootdownd`, a memory source, and a workload on it.
 
 mod recorder;
+mod young;
 mod breaks;
+mod world;
+mod cells;
 mod space;
+mod release;
+mod keep;
+mod file;
+mod family;
 mod slot;
 mod workload;
 mod process;
 
 pub use process::{HostProcessError, run};
-pub(crate) use space::address_of;
+pub use world::WorkloadError;

@@ -3,17 +3,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use shootdown_client::Clock;
 use shootdown_server::config::{ConfigError, Settings, Span};
-use shootdown_server::source::memory::{MemoryConfig, MemorySource};
+use shootdown_server::source::memory::{MemoryConfig, MemorySource, SwapFile};
 use shootdown_server::{ListenAddr, Running, StartError};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::breaks::Breaks;
+use super::breaks::{Breaks, Moving};
 use super::recorder::{Ledger, Recorder};
-use super::space::{Checks, WorkloadError, World};
 use super::workload::Workload;
-use crate::check::floor::{FloorError, FloorFile};
+use super::world::{Checks, WorkloadError, World};
+use super::young::Watch;
+use crate::check::floor::FloorError;
+use crate::check::history::Histories;
+use crate::check::lost::UseFile;
 use crate::control::{self, FromAgent, HostReport, Plan, ToAgent, say};
 
 /// Threads of the workload, beside the host agent's own.
@@ -43,6 +47,9 @@ pub enum HostProcessError {
     /// The floor file.
     #[error(transparent)]
     Floor(#[from] FloorError),
+    /// The swap file.
+    #[error("the swap file could not be made")]
+    Swap(#[source] std::io::Error),
     /// The workload.
     #[error("the workload failed")]
     Workload(#[from] WorkloadError),
@@ -79,8 +86,7 @@ async fn serve(mut parent: mpsc::Receiver<ToAgent>) -> Result<(), HostProcessErr
 }
 
 fn settings(plan: &Plan) -> Settings {
-    // Parents and children, each page twice while it is copied, and some for what is being freed.
-    let frames = 2 * plan.address_spaces * (plan.pages + plan.devices) * 2 + 1024;
+    let frames = 2 * most_pages(plan) + 1024;
     Settings {
         listen: vec![ListenAddr::Unix(plan.socket.clone())],
         shards: Some(plan.shards),
@@ -91,15 +97,35 @@ fn settings(plan: &Plan) -> Settings {
     }
 }
 
+/// Parents, children, pictures and files: what the workload can hold, without what is being copied or freed.
+fn most_pages(plan: &Plan) -> usize {
+    4 * plan.address_spaces * plan.layout().pages()
+}
+
 fn world(running: &Running, plan: Plan, ledger: &Ledger) -> Result<World, HostProcessError> {
     let clock = running.host().clock();
-    let breaks = Breaks::new(running.host().clone(), plan.rule, clock, Handle::current());
-    let recorder = Arc::new(Recorder::new(breaks, ledger.clone()));
-    let config = MemoryConfig::new(Arc::new(move || clock.now()), Handle::current());
+    let (layout, moving, shared) = (plan.layout(), Moving::default(), plan.open_shared()?);
+    let uses = UseFile::open(&plan.directory.join("uses"), layout.pages() * plan.devices)?;
+    let watch = Arc::new(Watch::new(layout, plan.devices, uses));
+    let histories = Arc::new(Histories::new(layout.slots(), layout.pages()));
+    let breaks = Breaks::new(running.host().clone(), plan.rule, moving.clone(), clock, Handle::current());
+    let recorder = Recorder::new(breaks, ledger.clone(), Arc::clone(&watch), Arc::clone(&histories));
+    let swap = SwapFile::create(&plan.directory.join("swap"), 2 * most_pages(&plan));
+    let mut config = MemoryConfig::new(Arc::new(move || clock.now()), Handle::current());
+    config.swap = Some(Arc::new(swap.map_err(HostProcessError::Swap)?));
+    if plan.memory_limit_pages > 0 {
+        config.limit_frames = plan.memory_limit_pages;
+    }
+    config.huge_page_pages = crate::check::layout::HUGE_PAGES;
     Ok(World {
-        source: MemorySource::new(recorder, Arc::clone(running.frames()), config),
-        floors: FloorFile::open(&plan.floor, plan.pages + plan.devices)?,
+        source: MemorySource::new(Arc::new(recorder), Arc::clone(running.frames()), config),
+        shared,
+        layout,
         ledger: ledger.clone(),
+        watch,
+        moving,
+        histories,
+        clock: Clock::boottime(),
         plan,
         checks: parking_lot::Mutex::new(Checks::default()),
         version: parking_lot::Mutex::new(0),
@@ -115,25 +141,31 @@ async fn work(
     let mut workload = Workload::prepare(world).await?;
     say(&FromAgent::Ready).map_err(HostProcessError::Parent)?;
     let mut tick = tokio::time::interval(PROGRESS);
-    loop {
+    let wanted = loop {
         tokio::select! {
             // The parent goes first: what it says is rare, and may be the end.
             biased;
             said = parent.recv() => match said {
                 Some(ToAgent::Start) => workload.start(world.plan.pause),
-                Some(ToAgent::Stop) => break,
+                Some(ToAgent::Stop { wanted }) => break wanted,
                 Some(_) => {}
                 None => return Ok(None),
             },
             error = workload.failed() => return Err(error.into()),
             _ = tick.tick() => {
-                let (done, stale) = (ledger.operations(), world.checks.lock().stale_reads);
-                say(&FromAgent::Progress { done, stale }).map_err(HostProcessError::Parent)?;
+                let (done, wrong) = (ledger.operations(), wrong(world));
+                say(&FromAgent::Progress { done, wrong }).map_err(HostProcessError::Parent)?;
             }
         }
-    }
+    };
     workload.stop().await?;
     let checks = world.checks.lock();
+    let young = world.watch.first();
+    let found = checks.stale.iter().map(|stale| stale.page).chain(checks.lost.iter().map(|lost| lost.page));
+    let mut pages: Vec<_> =
+        wanted.into_iter().chain(found).chain(young.iter().map(|young| young.page)).collect();
+    pages.sort_unstable();
+    pages.dedup();
     Ok(Some(HostReport {
         paths: ledger.paths(),
         stages: ledger.stages(),
@@ -141,5 +173,17 @@ async fn work(
         stale: checks.stale.clone(),
         stale_reads: checks.stale_reads,
         stale_writes: world.source.frames().broken_poison(),
+        stale_after: checks.stale_after.to_vec(),
+        lost_writes: checks.lost_writes,
+        lost_after: checks.lost_after.to_vec(),
+        lost: checks.lost.clone(),
+        lost_young: world.watch.count(),
+        young,
+        histories: pages.into_iter().map(|page| world.histories.of(page)).collect(),
     }))
+}
+
+fn wrong(world: &World) -> u64 {
+    let checks = world.checks.lock();
+    checks.stale_reads + checks.lost_writes + world.watch.count()
 }

@@ -1,13 +1,16 @@
-//! [1, 9 of 9] Stands between the memory source and the host agent: records every round, and breaks a rule
-//! where the run asks for it. The host agent knows of neither.
+//! [1, 9 of 9] Stands between the memory source and the host agent: records every round as its twin's, looks at
+//! what young queries answer, and breaks a rule where the run asks for it. The host agent knows of none of it.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use shootdown_client::{AddrRange, AddressSpaceId, Cause, Seq, Translation};
+use shootdown_client::{AddrRange, AddressSpaceId, Cause, PageSize, Seq, Translation};
+use shootdown_server::source::memory::Twin;
 use shootdown_server::source::{Invalidation, Notifier, NotifyError, RoundResult, Translate, Wait};
 
 use super::breaks::Breaks;
+use super::young::Watch;
+use crate::check::history::{Happened, Histories};
 use crate::control::PathTally;
 use crate::path::Path;
 use crate::report::{Stage, StageSummary, Stages};
@@ -62,33 +65,63 @@ impl Ledger {
 /// The notifier that the memory source calls.
 #[derive(Debug)]
 pub(super) struct Recorder<N> {
-    inner: Arc<Breaks<N>>,
+    inner: Breaks<N>,
     ledger: Ledger,
+    watch: Arc<Watch>,
+    histories: Arc<Histories>,
+}
+
+/// Whether a round asks for young bits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asks {
+    Young,
+    Nothing,
 }
 
 impl<N: Notifier> Recorder<N> {
-    pub(super) fn new(inner: Breaks<N>, ledger: Ledger) -> Self {
-        Self { inner: Arc::new(inner), ledger }
+    pub(super) fn new(
+        inner: Breaks<N>,
+        ledger: Ledger,
+        watch: Arc<Watch>,
+        histories: Arc<Histories>,
+    ) -> Self {
+        Self { inner, ledger, watch, histories }
     }
 
-    fn on_round(
+    /// Awaits a round, and records it.
+    async fn record(
         &self,
-        path: Path,
-        round: Result<RoundResult, NotifyError>,
+        address_space: AddressSpaceId,
+        range: AddrRange,
+        asks: Asks,
+        round: impl Future<Output = Result<RoundResult, NotifyError>> + Send,
     ) -> Result<RoundResult, NotifyError> {
-        if let Ok(round) = &round {
-            self.ledger.on_round(path, round);
+        let entered = self.watch.enter(address_space, range);
+        let round = round.await;
+        let query = round.as_ref().ok().filter(|_| asks == Asks::Young);
+        if let Err(error) = self.watch.leave(address_space, &entered, query) {
+            tracing::error!(error = &error as &dyn std::error::Error, "a young query cannot be checked");
+        }
+        // Of no twin is a call of nobody's path.
+        if let (Ok(round), Some(twin)) = (&round, Twin::current()) {
+            self.ledger.on_round(Path::of_twin(twin), round);
+            self.tell(address_space, range, twin, round);
         }
         round
     }
-}
 
-/// The memory source brackets with one cause for each of its paths.
-fn path_of(cause: Cause) -> Path {
-    match cause {
-        Cause::Unmap => Path::Munmap,
-        Cause::ProtectionPage | Cause::ProtectionVma => Path::Fork,
-        _ => Path::Dontneed,
+    fn tell(&self, address_space: AddressSpaceId, range: AddrRange, twin: Twin, round: &RoundResult) {
+        for page in self.watch.pages_in(address_space, range) {
+            let happened = Happened {
+                at: round.times.answered.as_nanos(),
+                what: format!("round of {twin}"),
+                address_space: address_space.get(),
+                seq: round.seq.map(Seq::get),
+                version: None,
+                device: Some(format!("{} devices", round.targets.len())),
+            };
+            self.histories.push(page, happened);
+        }
     }
 }
 
@@ -98,8 +131,8 @@ impl<N: Notifier> Notifier for Recorder<N> {
     }
 
     async fn invalidate_range_start(&self, invalidation: Invalidation) -> Result<RoundResult, NotifyError> {
-        let round = self.inner.start(invalidation).await;
-        self.on_round(path_of(invalidation.cause), round)
+        let Invalidation { address_space, range, .. } = invalidation;
+        self.record(address_space, range, Asks::Nothing, self.inner.start(invalidation)).await
     }
 
     fn invalidate_range_end(&self, address_space: AddressSpaceId, seq: Seq) -> Result<(), NotifyError> {
@@ -113,8 +146,9 @@ impl<N: Notifier> Notifier for Recorder<N> {
         cause: Cause,
         wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        let round = self.inner.page(address_space, address, cause, wait).await;
-        self.on_round(Path::Cow, round)
+        let round = self.inner.page(address_space, address, cause, wait);
+        let page = AddrRange::page_of(address, PageSize::BASE);
+        self.record(address_space, page, Asks::Nothing, round).await
     }
 
     async fn change_pte(
@@ -123,7 +157,8 @@ impl<N: Notifier> Notifier for Recorder<N> {
         translation: Translation,
         wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        self.inner.honest().change_pte(address_space, translation, wait).await
+        let round = self.inner.change_pte(address_space, translation, wait);
+        self.record(address_space, translation.range, Asks::Nothing, round).await
     }
 
     async fn clear_flush_young(
@@ -132,7 +167,8 @@ impl<N: Notifier> Notifier for Recorder<N> {
         range: AddrRange,
         wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        self.inner.honest().clear_flush_young(address_space, range, wait).await
+        let round = self.inner.clear_flush_young(address_space, range, wait);
+        self.record(address_space, range, Asks::Young, round).await
     }
 
     async fn clear_young(
@@ -141,15 +177,16 @@ impl<N: Notifier> Notifier for Recorder<N> {
         range: AddrRange,
         wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        self.inner.honest().clear_young(address_space, range, wait).await
+        let round = self.inner.clear_young(address_space, range, wait);
+        self.record(address_space, range, Asks::Young, round).await
     }
 
     fn test_young(&self, address_space: AddressSpaceId, range: AddrRange) -> Result<bool, NotifyError> {
-        self.inner.honest().test_young(address_space, range)
+        self.inner.test_young(address_space, range)
     }
 
     async fn release(&self, address_space: AddressSpaceId) -> Result<RoundResult, NotifyError> {
-        let round = self.inner.release(address_space).await;
-        self.on_round(Path::Exit, round)
+        let round = self.inner.release(address_space);
+        self.record(address_space, AddrRange::ALL, Asks::Nothing, round).await
     }
 }

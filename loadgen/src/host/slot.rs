@@ -1,75 +1,168 @@
-//! One task of the workload: an address space, and the children that it forks. What it does is drawn from
-//! its seed and from nothing else, so that a run can be repeated.
+//! One task of the workload: a thread of the host that works on an address space and its child. What it does
+//! is drawn from its seed and from nothing else, so that a run can be repeated.
+//!
+//! Threads of one slot work at the same time, each on pages of its own; what concerns all pages, a fork, a
+//! snapshot, a truncation or an exit, one does alone.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
+use tokio::sync::RwLock;
 
-use super::space::{Place, Space, WorkloadError, World};
+use super::cells::Content;
+use super::family::Family;
+use super::space::Space;
+use super::world::{WorkloadError, World};
+use crate::check::layout::{HUGE_PAGES, Use};
 use crate::path::Path;
 
-/// The most pages of one munmap or MADV_DONTNEED.
+/// The most pages of one operation on a range.
 const MOST_PAGES: usize = 8;
 
-/// An address space that is used, and perhaps its child.
+/// A thread that works on an address space and its child.
 #[derive(Debug)]
 pub(super) struct Slot {
     world: Arc<World>,
+    family: Arc<RwLock<Family>>,
+    thread: usize,
     random: SmallRng,
-    parent: Option<Space>,
-    child: Result<Space, Option<Place>>,
-    /// Pages that parent and child still share.
-    shared: Vec<bool>,
+}
+
+/// What a step could not do beside others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Alone {
+    Fork,
+    Snapshot,
+    Truncate,
+    Exit,
 }
 
 /// How often a path is taken, in relation to the others.
 const fn weight(path: Path) -> u32 {
     match path {
         Path::Read | Path::Write | Path::Cow => 60,
-        Path::Dontneed => 40,
-        Path::Map | Path::Munmap => 30,
-        Path::Fork => 10,
+        Path::Dontneed | Path::Placeholder | Path::Swapout | Path::Migrate | Path::Mprotect => 40,
+        Path::Map | Path::Munmap | Path::Mremap | Path::Ksm | Path::Collapse | Path::Cluster => 30,
+        Path::Aging | Path::Writeback => 20,
+        Path::Fork | Path::Snapshot | Path::Truncate => 10,
         Path::Exit => 5,
     }
 }
 
 impl Slot {
-    pub(super) async fn create(world: &Arc<World>, index: usize) -> Result<Self, WorkloadError> {
-        let pages = world.pages();
-        let random = SmallRng::seed_from_u64(world.plan.seed.wrapping_add(index as u64));
-        let parent = Space::create(world, Place::new(index, pages), Path::Map).await?;
-        let spare = Place::new(world.plan.address_spaces + index, pages);
-        let shared = vec![false; pages];
-        Ok(Self { world: Arc::clone(world), random, parent: Some(parent), child: Err(Some(spare)), shared })
+    /// The threads of one address space.
+    pub(super) async fn create(world: &Arc<World>, index: usize) -> Result<Vec<Self>, WorkloadError> {
+        let family = Arc::new(RwLock::new(Family::create(world, index).await?));
+        let slot = |thread: usize| {
+            let number = (thread as u64) << 32 | index as u64;
+            let seed = world.plan.seed.wrapping_add(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            let (world, family) = (Arc::clone(world), Arc::clone(&family));
+            Self { world, family, thread, random: SmallRng::seed_from_u64(seed) }
+        };
+        Ok((0..world.plan.threads).map(slot).collect())
     }
 
     /// One operation.
     pub(super) async fn step(&mut self) -> Result<(), WorkloadError> {
-        match self.choose() {
-            Path::Map => self.target().fill_holes().await,
+        let path = self.choose();
+        let family = Arc::clone(&self.family);
+        let alone = {
+            let family = family.read().await;
+            self.beside_others(&family, path).await?
+        };
+        let Some(alone) = alone else { return Ok(()) };
+        let mut family = family.write().await;
+        match alone {
+            Alone::Fork => family.fork().await,
+            Alone::Snapshot => family.snapshot().await,
+            Alone::Truncate => {
+                let pages = family.file.cells.pages();
+                let first = self.random.random_range(pages);
+                family.parent().truncate(first).await
+            }
+            Alone::Exit => family.exit().await,
+        }
+    }
+
+    /// What one thread may do while others are at work; else what it has to do alone.
+    async fn beside_others(&mut self, family: &Family, path: Path) -> Result<Option<Alone>, WorkloadError> {
+        let space = self.target(family);
+        let (own, file) =
+            (self.world.layout.of_thread(self.thread), self.world.layout.file_of_thread(self.thread));
+        match path {
+            Path::Fork => return Ok(Some(Alone::Fork)),
+            Path::Snapshot => return Ok(Some(Alone::Snapshot)),
+            Path::Truncate => return Ok(Some(Alone::Truncate)),
+            Path::Exit => return Ok(Some(Alone::Exit)),
+            Path::Cow => return self.copy_on_write(family).await,
+            Path::Placeholder => match family.file.hole_of_thread(&self.world, self.thread) {
+                Some(page) => space.fill_file_hole(page).await?,
+                None => return Ok(Some(Alone::Truncate)),
+            },
+            Path::Map => space.fill_holes(own).await?,
             Path::Read => {
-                let page = self.stamped_page();
-                self.target().read(page).await
+                let page = self.any_page(&own, &file);
+                space.read(page).await?;
+                family.look(&mut self.random)?;
             }
             Path::Write => {
-                let page = self.stamped_page();
-                self.shared[page] = false;
-                self.target().write(page).await
+                let page = self.any_page(&own, &file);
+                family.unshare([page]);
+                space.write(page).await?;
             }
-            Path::Fork => self.fork().await,
-            Path::Cow => self.copy_on_write().await,
+            Path::Munmap if has_holes(space, &own) => space.fill_holes(own).await?,
             Path::Munmap => {
-                let (first, most) = self.pages();
-                let target = self.target();
-                if target.has_holes() { target.fill_holes().await } else { target.unmap(first, most).await }
+                let pages = self.some_of(own);
+                family.unshare(pages.clone());
+                space.unmap(pages).await?;
+            }
+            Path::Dontneed if self.random.random_bool(0.25) => {
+                let pages = self.some_of(file);
+                space.dont_need_file(pages).await?;
             }
             Path::Dontneed => {
-                let (first, most) = self.pages();
-                self.target().dont_need(first, most).await
+                let pages = self.some_of(own);
+                family.unshare(pages.clone());
+                space.dont_need(pages).await?;
             }
-            Path::Exit => self.exit().await,
+            Path::Mremap if has_holes(space, &own) => space.fill_holes(own).await?,
+            Path::Mremap => self.remap(family, space).await?,
+            Path::Aging => space.age().await?,
+            Path::Writeback => family.parent().write_back(self.thread).await?,
+            Path::Swapout => match self.random.random_range(0..10) {
+                0..6 => space.page_out(self.some_of(own)).await?,
+                6..8 => space.page_out(self.some_of(file)).await?,
+                _ => space.reclaim().await?,
+            },
+            Path::Migrate => space.migrate(self.some_of(own)).await?,
+            Path::Cluster => {
+                let page = self.random.random_range(file);
+                space.unmap_cluster(page).await?;
+                // What no entry shows any more can be dropped without another round.
+                if self.random.random_bool(0.5) {
+                    space.reclaim().await?;
+                }
+            }
+            Path::Mprotect => {
+                let pages = self.some_of(own);
+                space.protect(pages).await?;
+            }
+            Path::Collapse => {
+                let stamped = self.world.layout.stamped_of_thread(self.thread);
+                let places = stamped.len() / HUGE_PAGES;
+                let first = stamped.start + self.random.random_range(0..places) * HUGE_PAGES;
+                space.collapse(first..first + HUGE_PAGES).await?;
+            }
+            Path::Ksm => {
+                let twins = self.world.layout.twins_of_thread(self.thread);
+                family.unshare(twins);
+                let stored = [Some(twins[0]), Some(twins[1]), None][self.random.random_range(0..3)];
+                space.merge(twins, stored).await?;
+            }
         }
+        Ok(None)
     }
 
     fn choose(&mut self) -> Path {
@@ -85,76 +178,70 @@ impl Slot {
     }
 
     /// Parent or child.
-    fn target(&mut self) -> &mut Space {
-        let parent = self.parent.as_mut().expect("a slot has an address space between two steps");
-        match &mut self.child {
-            Ok(child) if self.random.random_bool(0.4) => child,
-            _ => parent,
+    fn target<'a>(&mut self, family: &'a Family) -> &'a Space {
+        match family.child() {
+            Some(child) if self.random.random_bool(0.4) => child,
+            _ => family.parent(),
         }
     }
 
-    fn stamped_page(&mut self) -> usize {
-        self.random.random_range(0..self.world.plan.pages)
+    /// Any page of this thread.
+    fn any_page(&mut self, own: &Range<usize>, file: &Range<usize>) -> usize {
+        let at = self.random.random_range(0..own.len() + file.len());
+        if at < own.len() { own.start + at } else { file.start + at - own.len() }
     }
 
-    /// Where a range begins, and how many pages it has at most. What is dropped is not shared any more.
-    fn pages(&mut self) -> (usize, usize) {
-        let first = self.random.random_range(0..self.world.pages());
+    /// Some pages in a row.
+    fn some_of(&mut self, pages: Range<usize>) -> Range<usize> {
+        let first = self.random.random_range(pages.clone());
         let most = self.random.random_range(1..=MOST_PAGES);
-        let end = (first + most).min(self.shared.len());
-        self.shared[first..end].fill(false);
-        (first, most)
+        first..(first + most).min(pages.end)
     }
 
-    /// A new child; the one before ends.
-    async fn fork(&mut self) -> Result<(), WorkloadError> {
-        let place = match std::mem::replace(&mut self.child, Err(None)) {
-            Ok(child) => child.exit().await?,
-            Err(place) => place.expect("the place of the child is there while there is no child"),
-        };
-        let parent = self.parent.as_mut().expect("a slot has an address space between two steps");
-        let child = parent.fork(place).await?;
-        for (page, shared) in self.shared.iter_mut().enumerate() {
-            *shared = child.is_stamped(page);
+    /// Stamped pages go to another place, which the pages of that place leave.
+    async fn remap(&mut self, family: &Family, space: &Space) -> Result<(), WorkloadError> {
+        let stamped = self.world.layout.stamped_of_thread(self.thread);
+        let length = self.random.random_range(1..=MOST_PAGES.min(stamped.len() / 2));
+        let half = stamped.start + stamped.len() / 2;
+        let low = self.random.random_range(stamped.start..=half - length);
+        let high = self.random.random_range(half..=stamped.end - length);
+        let (low, high) = (low..low + length, high..high + length);
+        let (old, new) = if self.random.random_bool(0.5) { (low, high) } else { (high, low) };
+        if old.clone().all(|page| space.is_stamped(page)) {
+            family.unshare(old.clone().chain(new.clone()));
+            space.remap(old, new).await?;
         }
-        self.child = Ok(child);
         Ok(())
     }
 
     /// A shared page is stored to on both sides: who is first copies it, who is second uses it again.
-    async fn copy_on_write(&mut self) -> Result<(), WorkloadError> {
-        let still_shared = self.shared.iter().filter(|shared| **shared).count();
-        if self.child.is_err() || still_shared * 4 < self.shared.len() {
-            self.fork().await?;
-        }
-        let candidates: Vec<usize> = (0..self.shared.len()).filter(|page| self.shared[*page]).collect();
-        if candidates.is_empty() {
-            return Ok(());
+    async fn copy_on_write(&mut self, family: &Family) -> Result<Option<Alone>, WorkloadError> {
+        let own = self.world.layout.of_thread(self.thread);
+        let stamped =
+            own.clone().filter(|page| !matches!(self.world.layout.use_of(*page), Use::Scratch { .. }));
+        let candidates = family.shared(own);
+        let (Some(child), parent) = (family.child(), family.parent()) else { return Ok(Some(Alone::Fork)) };
+        if candidates.len() * 4 < stamped.count() {
+            return Ok(Some(Alone::Fork));
         }
         let page = candidates[self.random.random_range(0..candidates.len())];
-        self.shared[page] = false;
-        let parent = self.parent.as_mut().expect("a slot has an address space between two steps");
-        let Ok(child) = &mut self.child else { return Ok(()) };
+        family.unshare([page]);
         match self.random.random_range(0..3) {
             0 => {
                 parent.write(page).await?;
-                child.write(page).await
+                child.write(page).await?;
             }
             1 => {
                 child.write(page).await?;
-                parent.write(page).await
+                parent.write(page).await?;
             }
             // Both at once: both may copy, and neither may free what the other still uses.
-            _ => tokio::try_join!(parent.write(page), child.write(page)).map(|_| ()),
+            _ => tokio::try_join!(parent.write(page), child.write(page)).map(|_| ())?,
         }
+        Ok(None)
     }
+}
 
-    /// The address space ends and another takes its place. Its child lives on.
-    async fn exit(&mut self) -> Result<(), WorkloadError> {
-        let parent = self.parent.take().expect("a slot has an address space between two steps");
-        let place = parent.exit().await?;
-        self.parent = Some(Space::create(&self.world, place, Path::Exit).await?);
-        self.shared.fill(false);
-        Ok(())
-    }
+fn has_holes(space: &Space, pages: &Range<usize>) -> bool {
+    pages.clone().any(|page| space.cell(page).content == Content::Hole)
 }

@@ -1,4 +1,4 @@
-//! The tasks of the workload: one for each slot.
+//! The tasks of the workload: one for each thread of each slot.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::slot::Slot;
-use super::space::{WorkloadError, World};
+use super::world::{WorkloadError, World};
 
 /// The tasks. Dropped, they stop at their next await.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl Workload {
     pub(super) async fn prepare(world: &Arc<World>) -> Result<Self, WorkloadError> {
         let mut slots = Vec::new();
         for index in 0..world.plan.address_spaces {
-            slots.push(Slot::create(world, index).await?);
+            slots.extend(Box::pin(Slot::create(world, index)).await?);
         }
         Ok(Self { slots, tasks: JoinSet::new(), stop: CancellationToken::new() })
     }
@@ -64,7 +64,7 @@ async fn work(mut slot: Slot, pause: Duration, stop: CancellationToken) -> Resul
             () = tokio::time::sleep(pause), if !pause.is_zero() => {}
             () = tokio::task::yield_now(), if pause.is_zero() => {}
         }
-        // Boxed: the largest of the operations is some kilobytes, and there are as many tasks as slots.
+        // Boxed: the largest of the operations is some kilobytes, and there are as many tasks as threads.
         Box::pin(slot.step()).await?;
     }
 }

@@ -19,7 +19,12 @@ pub fn to_json(run: &Outcome) -> Value {
         "failings": failings,
         "stale_reads": totals.stale_reads,
         "stale_writes": run.host.stale_writes,
+        "lost_writes": totals.lost_writes,
+        "lost_young": totals.lost_young,
         "stale": run.stale().collect::<Vec<_>>(),
+        "lost": run.lost().collect::<Vec<_>>(),
+        "young": run.lost_young().collect::<Vec<_>>(),
+        "history": run.shortest_history(),
         "reads": totals.reads,
         "copy_reads": totals.copy_reads,
         "cpu_reads": run.host.loads,
@@ -52,6 +57,8 @@ fn paths(run: &Outcome) -> Value {
             "rounds": tally.rounds,
             "notices": tally.notices,
             "reads": run.reads_after(*path),
+            "stale_reads": run.stale_after(*path),
+            "lost_writes": run.lost_after(*path),
         });
         (path.name().to_owned(), row)
     };

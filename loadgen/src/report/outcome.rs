@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::check::history::{Happened, History, PageName};
+use crate::check::lost::{LostWrite, LostYoung};
 use crate::check::verdict::StaleRead;
 use crate::control::{DeviceReport, HostReport, PathTally, Plan};
 use crate::path::Path;
@@ -13,7 +15,7 @@ pub struct Outcome {
     pub plan: Plan,
     /// How long it ran.
     pub seconds: f64,
-    /// It ended before its time, because stale reads were found.
+    /// It ended before its time, because something was found to be wrong.
     pub stopped_early: bool,
     /// What the host agent saw.
     pub host: HostReport,
@@ -42,6 +44,10 @@ pub struct Totals {
     pub flushes: u64,
     /// Reads, by devices and by the CPU, that found what had been released.
     pub stale_reads: u64,
+    /// Writes by devices that were not there any more.
+    pub lost_writes: u64,
+    /// Uses by devices that a young query did not know of.
+    pub lost_young: u64,
 }
 
 /// Why a run did not succeed.
@@ -49,6 +55,10 @@ pub struct Totals {
 pub enum Failing {
     /// Reads found what had been released.
     StaleReads(u64),
+    /// What devices wrote is gone.
+    LostWrites(u64),
+    /// Pages that devices used counted as not used.
+    LostYoung(u64),
     /// Free frames were written to.
     StaleWrites(u64),
     /// Nothing was done on a path that was asked for.
@@ -59,7 +69,7 @@ pub enum Failing {
     NoReads(Path),
     /// A device read nothing, or nothing through a translation that it held: it would not have noticed.
     SilentDevice(usize),
-    /// A rule was broken and no stale read was found.
+    /// A rule was broken and nothing was found.
     BreakNotFound,
 }
 
@@ -67,7 +77,12 @@ impl Outcome {
     /// The sums over all devices.
     #[must_use]
     pub fn totals(&self) -> Totals {
-        let cpu = Totals { stale_reads: self.host.stale_reads, ..Totals::default() };
+        let cpu = Totals {
+            stale_reads: self.host.stale_reads,
+            lost_writes: self.host.lost_writes,
+            lost_young: self.host.lost_young,
+            ..Totals::default()
+        };
         self.devices.iter().fold(cpu, |sum, device| Totals {
             reads: sum.reads + device.reads,
             copy_reads: sum.copy_reads + device.copy_reads,
@@ -78,6 +93,8 @@ impl Outcome {
             torn: sum.torn + device.torn,
             flushes: sum.flushes + device.flushes,
             stale_reads: sum.stale_reads + device.stale_reads,
+            lost_writes: sum.lost_writes + device.lost_writes + device.dirty_lost,
+            lost_young: sum.lost_young,
         })
     }
 
@@ -93,6 +110,68 @@ impl Outcome {
         self.devices.iter().filter_map(|device| device.reads_after.get(path.index())).sum()
     }
 
+    /// Stale reads of pages that the path had taken last.
+    #[must_use]
+    pub fn stale_after(&self, path: Path) -> u64 {
+        let devices = self.devices.iter().map(|device| &device.stale_after);
+        let rows = devices.chain([&self.host.stale_after]);
+        rows.filter_map(|row| row.get(path.index())).sum()
+    }
+
+    /// Lost writes to pages that the path had taken last.
+    #[must_use]
+    pub fn lost_after(&self, path: Path) -> u64 {
+        let devices = self.devices.iter().map(|device| &device.lost_after);
+        let rows = devices.chain([&self.host.lost_after]);
+        rows.filter_map(|row| row.get(path.index())).sum()
+    }
+
+    /// The first lost writes.
+    pub fn lost(&self) -> impl Iterator<Item = &LostWrite> {
+        self.host.lost.iter().chain(self.devices.iter().flat_map(|device| &device.lost))
+    }
+
+    /// The first lost young bits.
+    pub fn lost_young(&self) -> impl Iterator<Item = &LostYoung> {
+        self.host.young.iter()
+    }
+
+    /// What led to the first thing that is wrong, as short as it can be told; empty where nothing is, or
+    /// nothing is known of it.
+    #[must_use]
+    pub fn shortest_history(&self) -> Vec<Happened> {
+        let found = |at, what, address_space, device: &str| Happened {
+            at,
+            what,
+            address_space,
+            seq: None,
+            version: None,
+            device: Some(device.to_owned()),
+        };
+        let stale = self.stale().map(|stale| {
+            let what = format!("found {}, expected version {}", stale.found, stale.expected_at_least);
+            let found = found(stale.at, what, stale.address_space, &stale.device);
+            (stale.page, stale.expected_at_least, found)
+        });
+        let lost = self.lost().map(|lost| {
+            let what = format!("lost the write of version {}", lost.written);
+            (lost.page, u64::MAX, found(lost.at, what, lost.address_space, &lost.found_by))
+        });
+        let young = self.lost_young().map(|young| {
+            let what = "lost that it was used".to_owned();
+            (young.page, u64::MAX, found(young.at, what, young.address_space, &young.device))
+        });
+        let first = stale.chain(lost).chain(young).min_by_key(|(_, _, found)| found.at);
+        let Some((page, expected, found)) = first else { return Vec::new() };
+        let nothing = History { page, happened: Vec::new() };
+        let history = self.history(page).unwrap_or(&nothing);
+        history.shortest(expected, found)
+    }
+
+    fn history(&self, page: PageName) -> Option<&History> {
+        self.host.histories.iter().find(|history| history.page == page)
+    }
+
     /// The first stale reads.
     pub fn stale(&self) -> impl Iterator<Item = &StaleRead> {
         self.host.stale.iter().chain(self.devices.iter().flat_map(|device| &device.stale))
@@ -106,12 +185,19 @@ impl Outcome {
         if stale_reads > 0 {
             failings.push(Failing::StaleReads(stale_reads));
         }
+        let Totals { lost_writes, lost_young, .. } = self.totals();
+        if lost_writes > 0 {
+            failings.push(Failing::LostWrites(lost_writes));
+        }
+        if lost_young > 0 {
+            failings.push(Failing::LostYoung(lost_young));
+        }
         if self.host.stale_writes > 0 {
             failings.push(Failing::StaleWrites(self.host.stale_writes));
         }
         // A run that was broken on purpose has shown what it was to show, or has not.
         if self.plan.rule.is_some() {
-            if stale_reads == 0 {
+            if stale_reads + lost_writes + lost_young == 0 {
                 failings.push(Failing::BreakNotFound);
             }
             return failings;
@@ -127,7 +213,7 @@ impl Outcome {
                 failings.push(Failing::NoOperations(*path));
             } else if path.has_rounds() && (tally.rounds == 0 || tally.notices == 0) {
                 failings.push(Failing::NoRounds(*path));
-            } else if path.has_rounds() && self.reads_after(*path) == 0 {
+            } else if path.has_reads() && self.reads_after(*path) == 0 {
                 failings.push(Failing::NoReads(*path));
             }
         }
@@ -136,10 +222,10 @@ impl Outcome {
 }
 
 impl Failing {
-    /// Whether a device, or the CPU, has seen or changed what was not its own any more.
+    /// Whether a device, or the CPU, has seen or changed what was not its own any more, or has lost what was.
     #[must_use]
-    pub const fn is_stale(self) -> bool {
-        matches!(self, Self::StaleReads(_) | Self::StaleWrites(_))
+    pub const fn is_wrong(self) -> bool {
+        matches!(self, Self::StaleReads(_) | Self::LostWrites(_) | Self::LostYoung(_) | Self::StaleWrites(_))
     }
 }
 
@@ -147,6 +233,8 @@ impl fmt::Display for Failing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::StaleReads(count) => write!(f, "{count} stale reads"),
+            Self::LostWrites(count) => write!(f, "{count} lost writes"),
+            Self::LostYoung(count) => write!(f, "{count} lost young bits"),
             Self::StaleWrites(count) => write!(f, "{count} writes to free frames"),
             Self::NoOperations(path) => write!(f, "{path} was asked for and never done"),
             Self::NoRounds(path) => write!(f, "{path} never waited for a device: nothing is shown of it"),
@@ -169,16 +257,22 @@ pub(crate) mod tests {
     /// A run on which nothing is wrong.
     pub(crate) fn good() -> Outcome {
         let tally = PathTally { operations: 5, rounds: 4, notices: 3 };
-        let device =
-            DeviceReport { reads: 80, tlb_hits: 9, reads_after: vec![10; 8], ..DeviceReport::default() };
+        let device = DeviceReport {
+            reads: 80,
+            tlb_hits: 9,
+            reads_after: vec![10; Path::EVERY.len()],
+            ..DeviceReport::default()
+        };
         Outcome {
             plan: Plan {
                 socket: "/tmp/s".into(),
-                floor: "/tmp/f".into(),
+                directory: "/tmp".into(),
                 seed: 7,
                 devices: 1,
                 address_spaces: 1,
                 pages: 1,
+                threads: 1,
+                memory_limit_pages: 0,
                 paths: Path::EVERY.to_vec(),
                 rule: None,
                 pause: std::time::Duration::ZERO,
@@ -190,7 +284,7 @@ pub(crate) mod tests {
             },
             seconds: 1.0,
             stopped_early: false,
-            host: HostReport { paths: vec![tally; 8], ..HostReport::default() },
+            host: HostReport { paths: vec![tally; Path::EVERY.len()], ..HostReport::default() },
             devices: vec![device],
         }
     }
@@ -219,7 +313,7 @@ pub(crate) mod tests {
             ],
             "a store in place has no rounds, and need not have"
         );
-        assert!(!failings.iter().any(|failing| failing.is_stale()));
+        assert!(!failings.iter().any(|failing| failing.is_wrong()));
     }
 
     #[test]
@@ -251,5 +345,47 @@ pub(crate) mod tests {
         let mut run = good();
         run.plan.rule = Some(Rule::GrantInWindow);
         assert_eq!(run.failings(), [Failing::BreakNotFound]);
+    }
+
+    #[test]
+    fn what_devices_wrote_or_used_and_nobody_knows_of_fails_the_run() {
+        let mut run = good();
+        run.devices[0].lost_writes = 2;
+        run.devices[0].dirty_lost = 1;
+        run.host.lost_young = 5;
+        let failings = run.failings();
+        assert_eq!(failings, [Failing::LostWrites(3), Failing::LostYoung(5)]);
+        assert!(failings.iter().all(|failing| failing.is_wrong()));
+        run.plan.rule = Some(Rule::YoungBitsDropped);
+        assert!(!run.failings().contains(&Failing::BreakNotFound));
+    }
+
+    #[test]
+    fn the_history_of_what_went_wrong_first_ends_with_what_was_found() {
+        let page = PageName { slot: 1, page: 2 };
+        let lost = |at| LostWrite {
+            found_by: "device-0".to_owned(),
+            address_space: 3,
+            address: 0x1000,
+            written: 9,
+            found: None,
+            after: Path::Swapout,
+            page,
+            at,
+        };
+        let stored = Happened {
+            at: 4,
+            what: "swapout".to_owned(),
+            address_space: 3,
+            seq: Some(8),
+            version: None,
+            device: None,
+        };
+        let mut run = good();
+        run.devices[0].lost = vec![lost(20), lost(10)];
+        run.host.histories = vec![History { page, happened: vec![stored] }];
+        let told: Vec<u64> = run.shortest_history().iter().map(|happened| happened.at).collect();
+        assert_eq!(told, [4, 10]);
+        assert!(good().shortest_history().is_empty());
     }
 }

@@ -41,8 +41,8 @@ pub fn write_latencies(out: &mut impl Write, run: &Outcome) -> io::Result<()> {
 pub fn write_paths(out: &mut impl Write, run: &Outcome) -> io::Result<()> {
     writeln!(
         out,
-        "{:<12}{:>12}{:>10}{:>10}{:>13}",
-        "path", "operations", "rounds", "notices", "reads after"
+        "{:<14}{:>11}{:>9}{:>9}{:>13}{:>13}{:>13}",
+        "path", "operations", "rounds", "notices", "reads after", "stale reads", "lost writes"
     )?;
     for path in Path::EVERY {
         let tally = run.path(path);
@@ -58,7 +58,8 @@ pub fn write_paths(out: &mut impl Write, run: &Outcome) -> io::Result<()> {
         } else {
             ["-".to_owned(), "-".to_owned(), if reads > 0 { reads.to_string() } else { "-".to_owned() }]
         };
-        writeln!(out, "{name:<12}{operations:>12}{rounds:>10}{notices:>10}{reads:>13}")?;
+        let (stale, lost) = (run.stale_after(path), run.lost_after(path));
+        writeln!(out, "{name:<14}{operations:>11}{rounds:>9}{notices:>9}{reads:>13}{stale:>13}{lost:>13}")?;
     }
     writeln!(out)
 }
@@ -90,14 +91,27 @@ pub fn write_verdict(out: &mut impl Write, run: &Outcome) -> io::Result<()> {
         writeln!(out, "broken on purpose: {}", rule.name())?;
     }
     if run.stopped_early {
-        writeln!(out, "stopped early: stale reads were found")?;
+        writeln!(out, "stopped early: something was found")?;
     }
     let failings = run.failings();
     if failings.is_empty() {
-        return writeln!(out, "PASSED: 0 stale reads");
+        return writeln!(out, "PASSED: 0 stale reads, 0 lost writes");
     }
     for stale in run.stale().take(MOST_TOLD) {
         writeln!(out, "  stale: {stale}")?;
+    }
+    for lost in run.lost().take(MOST_TOLD) {
+        writeln!(out, "  lost: {lost}")?;
+    }
+    for lost in run.lost_young().take(MOST_TOLD) {
+        writeln!(out, "  lost: {lost}")?;
+    }
+    let history = run.shortest_history();
+    if !history.is_empty() {
+        writeln!(out, "what led to the first of them:")?;
+    }
+    for happened in history {
+        writeln!(out, "  {happened}")?;
     }
     let told: Vec<String> = failings.iter().map(ToString::to_string).collect();
     writeln!(out, "FAILED: {}", told.join("; "))

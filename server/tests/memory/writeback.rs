@@ -82,14 +82,35 @@ async fn a_store_during_the_round_is_not_kept_waiting_and_makes_the_page_dirty_a
     until(|| !recorder.calls().is_empty()).await;
     put(&source, space, 0, 51).await;
     assert_eq!((file.dirty_pages(), get(&source, space, 0).await), (1, 51));
-    let skipped = source.write_back(&file).await.unwrap();
-    assert_eq!((skipped.written, skipped.skipped), (0, 1), "another is at it");
     recorder.open_gate();
     assert_eq!(write_back.await.unwrap().written, 1);
     assert_eq!(file.dirty_pages(), 1, "the store came after the page had been made clean");
     put(&source, space, 0, 52).await;
     assert_eq!(source.write_back(&file).await.unwrap().written, 1);
     assert_eq!(on_disk(&disk, 0), 52);
+}
+
+#[tokio::test]
+async fn a_write_back_that_finds_another_at_its_page_returns_when_the_page_is_in_the_file() {
+    let (source, recorder) = source(16);
+    let disk = filled(1);
+    let file = opened(&source, &disk, 1);
+    let space = showing(&source, &file, 1);
+    put(&source, space, 0, 50).await;
+    recorder.answer([Answer::Held]);
+    let write_back = || {
+        let (source, file) = (source.clone(), file.clone());
+        tokio::spawn(async move { source.write_back(&file).await.unwrap() })
+    };
+    let first = write_back();
+    until(|| !recorder.calls().is_empty()).await;
+    let second = write_back();
+    settle_down().await;
+    assert!(!second.is_finished(), "the page counts as clean, and is not in the file");
+    recorder.open_gate();
+    assert_eq!(first.await.unwrap().written, 1);
+    assert_eq!(second.await.unwrap().clean, 1);
+    assert_eq!(on_disk(&disk, 0), 50);
 }
 
 #[tokio::test]
@@ -137,7 +158,7 @@ async fn a_disk_that_is_full_keeps_the_page_dirty_and_its_content() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
-async fn a_store_beside_a_write_back_is_never_lost() {
+async fn a_store_beside_a_write_back_and_a_move_is_never_lost() {
     const PAGES: u64 = 2;
     let (source, recorder) = source(16);
     recorder.yield_at_random(0xf11e);
@@ -148,11 +169,18 @@ async fn a_store_beside_a_write_back_is_never_lost() {
     for (writer, space) in spaces.into_iter().enumerate() {
         let source = source.clone();
         tasks.spawn(async move {
+            let mut first = 0;
             for stamp in 1..=400u64 {
-                let at = (stamp % PAGES) * PAGE + 8 * writer as u64;
+                let at = (first + stamp % PAGES) * PAGE + 8 * writer as u64;
                 source.store(space, at, &stamp.to_le_bytes()).await.unwrap();
                 if stamp % 50 == 0 {
-                    source.dont_need(space, pages(0, PAGES)).await.unwrap();
+                    source.dont_need(space, pages(first, first + PAGES)).await.unwrap();
+                }
+                if writer == 1 && stamp % 3 == 0 {
+                    // Between two places, beside write-backs that must meet its entries at one of them.
+                    let elsewhere = 1024 - first;
+                    source.remap(space, pages(first, first + PAGES), elsewhere * PAGE).await.unwrap();
+                    first = elsewhere;
                 }
             }
         });
@@ -196,4 +224,43 @@ async fn a_store_beside_a_write_back_is_never_lost() {
     drop(file);
     assert_eq!(source.stats(), Default::default());
     assert_eq!(recorder.frames().broken_poison(), 0);
+}
+
+#[tokio::test]
+async fn a_page_whose_entry_is_being_moved_is_met_where_it_arrives() {
+    let (source, recorder) = source(16);
+    let disk = filled(2);
+    let file = opened(&source, &disk, 2);
+    let space = showing(&source, &file, 2);
+    put(&source, space, 0, 50).await;
+    get(&source, space, 1).await;
+    // The second page is on its way to another frame, and the move of the mapping waits for it.
+    recorder.answer([Answer::Held]);
+    let migrating = tokio::spawn({
+        let source = source.clone();
+        async move { source.migrate(space, pages(1, 2)).await.unwrap() }
+    });
+    until(|| recorder.calls().len() == 1).await;
+    let remapping = tokio::spawn({
+        let source = source.clone();
+        async move { source.remap(space, pages(0, 2), 1024 * PAGE).await.unwrap() }
+    });
+    until(|| recorder.calls().len() == 3).await;
+    settle_down().await;
+    recorder.forget_calls();
+    let write_back = tokio::spawn({
+        let (source, file) = (source.clone(), file.clone());
+        async move { source.write_back(&file).await.unwrap() }
+    });
+    settle_down().await;
+    assert!(!write_back.is_finished());
+    recorder.open_gate();
+    migrating.await.unwrap();
+    remapping.await.unwrap();
+    assert_eq!(write_back.await.unwrap().written, 1);
+    let told = recorder.calls();
+    let told: Vec<_> =
+        told.iter().filter(|call| call.method == Method::Page(Cause::ProtectionPage)).collect();
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0].range, pages(1024, 1025), "its devices have no leave to write any more");
 }

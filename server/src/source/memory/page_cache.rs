@@ -24,7 +24,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use shootdown_core::{AddrRange, PageSize};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use super::error::MemoryError;
 use super::file::OpenFile;
@@ -44,6 +44,9 @@ pub(super) struct Backing {
     cache: Mutex<Cache>,
     /// Nobody holds an index any more that somebody held.
     changed: Notify,
+    /// Held for writing by whoever moves entries that show the file to other addresses, for reading by whoever
+    /// must meet every one of them (`need_rmap_locks` of `move_ptes`).
+    places: Arc<RwLock<()>>,
 }
 
 /// What is in memory.
@@ -92,7 +95,14 @@ pub(super) struct Held {
 impl Backing {
     pub(super) fn new(frames: Arc<FrameStore>, file: Weak<OpenFile>, disk: File, length: u64) -> Arc<Self> {
         let cache = Cache { length, pages: BTreeMap::new(), held: BTreeMap::new(), placeholder: None };
-        Arc::new(Self { frames, file, disk, cache: Mutex::new(cache), changed: Notify::new() })
+        Arc::new(Self {
+            frames,
+            file,
+            disk,
+            cache: Mutex::new(cache),
+            changed: Notify::new(),
+            places: Arc::default(),
+        })
     }
 
     /// A reference that keeps the cache; none when nobody has one.
@@ -102,6 +112,18 @@ impl Backing {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Cache> {
         self.cache.lock()
+    }
+
+    /// No entry that shows the file is on its way from one address to another while this is held: a walk meets
+    /// them all.
+    pub(super) async fn places_stay(&self) -> OwnedRwLockReadGuard<()> {
+        Arc::clone(&self.places).read_owned().await
+    }
+
+    /// Entries that show the file may be moved while this is held. It is taken when devices have stopped, so that
+    /// no walk waits for them.
+    pub(super) async fn places_move(&self) -> OwnedRwLockWriteGuard<()> {
+        Arc::clone(&self.places).write_owned().await
     }
 
     /// Holds `part`, if nobody does (`trylock_page`).

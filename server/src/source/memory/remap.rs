@@ -24,7 +24,8 @@
 //!
 //! A reverse map walk that runs meanwhile may look at the new place before a page is there, and at the old one
 //! after it has gone. It finds one reference more than it has places for, and lets the page be
-//! (`Kept::Busy`).
+//! (`Kept::Busy`). Walks that must meet every place of a file's page (write-back, placeholder, truncate) wait
+//! until the entries have arrived (`Backing::places_stay`).
 
 use std::sync::Arc;
 
@@ -35,6 +36,7 @@ use super::address_space::AddressSpace;
 use super::error::MemoryError;
 use super::gather::{Bracket, Gather};
 use super::outcome::Released;
+use super::page_cache::Backing;
 use super::page_table::{Entries, Slot, Stage, Table, page_after, rest_after, table_span};
 use super::twin::Twin;
 use super::unmap::{free_pgtables, free_tables};
@@ -121,8 +123,14 @@ async fn mremap<N: Notifier>(
     // Its page tables stay, for the place is reserved.
     free_pgtables(space, &leaving.new).await;
 
+    let files = files_of(&space.layout.read().vmas, old);
+    let mut moving = Vec::with_capacity(files.len());
+    for file in &files {
+        moving.push(file.places_move().await);
+    }
     move_page_tables(space, way).await;
     way.relink(&mut space.layout.write().vmas, &leaving.old);
+    drop(moving);
     for part in &leaving.old {
         free_tables(space, &space.layout.write(), *part);
         tokio::task::yield_now().await;
@@ -189,6 +197,15 @@ impl Move {
             vmas.add(there).expect("its place was reserved, and as many mappings have left");
         }
     }
+}
+
+/// The files that are mapped in `range`, each once, in one order for all: two that move both wait for each other
+/// in turn.
+fn files_of(vmas: &Vmas, range: AddrRange) -> Vec<Arc<Backing>> {
+    let mut files: Vec<_> = vmas.overlapping(range).filter_map(|vma| vma.object.backing().cloned()).collect();
+    files.sort_unstable_by_key(Arc::as_ptr);
+    files.dedup_by(|one, other| Arc::ptr_eq(one, other));
+    files
 }
 
 /// `move_page_tables`. Both places have been left: nobody fills an entry there.

@@ -110,11 +110,19 @@ async fn unmap_mapping_range<N: Notifier>(
 ) -> Result<(), MemoryError> {
     loop {
         let mut met = false;
-        for (space, range) in object.shown_in(cut) {
+        let shown = {
+            let Some(backing) = object.backing() else { return Ok(()) };
+            let _stay = backing.places_stay().await;
+            object.shown_in(cut)
+        };
+        for (space, range) in shown {
             let Some(user) = space.visit().await else { continue };
             let space = &user.space;
             let _claim = space.claim(range).await;
-            for part in still_shown(space, object, cut, range) {
+            let parts = still_shown(space, object, cut, range);
+            // It was moved before its turn came: the next walk meets it.
+            met |= parts.is_empty();
+            for part in parts {
                 if has_pages(&space.tables, part) {
                     met = true;
                     released.add(unmap_vmas(inner, space, part, &[part], Cause::Clear).await?);

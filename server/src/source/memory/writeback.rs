@@ -2,7 +2,7 @@
 //! ("invalidate_page outside PT lock").
 //!
 //! ```text
-//!   for each dirty page: isolate it, hold its index
+//!   for each page: hold its index, and if it is dirty isolate it
 //!       the page is clean                                                        (a store from here on dirties it)
 //!       for each place:
 //!           page-table lock: is the entry clean and read-only?  --yes--> nobody is told
@@ -45,7 +45,7 @@ pub struct WrittenBack {
     pub written: usize,
     /// Pages that were clean: nobody was told.
     pub clean: usize,
-    /// Pages that something else was at work on; they are as dirty as they were.
+    /// Pages that reclaim was looking at; they are as dirty as they were. Try again.
     pub skipped: usize,
 }
 
@@ -69,19 +69,23 @@ impl<N: Notifier> MemorySource<N> {
 /// `write_cache_pages`.
 async fn write_back<N: Notifier>(inner: &Inner<N>, open: &OpenFile) -> Result<WrittenBack, MemoryError> {
     let backing = &open.backing;
-    let pages: Vec<(u64, FrameLife, bool)> = {
-        let cache = backing.lock();
-        cache.pages().map(|(index, cached)| (index, cached.frame.life(), cached.dirty)).collect()
-    };
+    let pages: Vec<u64> = backing.lock().pages().map(|(index, _)| index).collect();
     let mut done = WrittenBack::default();
     let mut failed = None;
-    for (index, life, dirty) in pages {
+    for index in pages {
+        // A page that another is writing back, or evicting, counts as clean and is not in the file yet: it is
+        // waited for (`wait_on_page_writeback`).
+        let _held = backing.hold(Part::Page(index), Hold::WriteBack).await;
+        let cached = backing.lock().get(index).map(|cached| (cached.frame.life(), cached.dirty));
+        let Some((life, dirty)) = cached else {
+            done.clean += 1;
+            continue;
+        };
         if !dirty && !is_shown_dirty(&open.object, index, life) {
             done.clean += 1;
             continue;
         }
-        let held = backing.try_hold(Part::Page(index), Hold::WriteBack);
-        let (Some(page), Some(_held)) = (inner.pool.lru.isolate(life), held) else {
+        let Some(page) = inner.pool.lru.isolate(life) else {
             done.skipped += 1;
             continue;
         };
@@ -104,6 +108,7 @@ async fn write_page<N: Notifier>(
     backing.clear_dirty(index, page.life());
     let mut cleaning =
         Cleaning { backing, index, life: page.life(), changed: Vec::new(), outcome: Outcome::Unknown };
+    let places = backing.places_stay().await;
     for (space, address) in open.object.shown_at(position_of(index)) {
         // One that is coming to its end has devices too. Not looked at, its entry stays dirty.
         if let Some(user) = space.visit().await
@@ -112,6 +117,8 @@ async fn write_page<N: Notifier>(
             cleaning.changed.push((user, address));
         }
     }
+    // Devices may take their time, and a move of what is clean by now does no harm.
+    drop(places);
     tell(inner, &cleaning.changed).await?;
     backing.write(index, &inner.pool.frames.bytes(page.pin())?)?;
     cleaning.outcome = Outcome::InFile;

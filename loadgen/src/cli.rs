@@ -100,6 +100,9 @@ pub struct Load {
     /// How long a flush takes on a device: none, fixed:500us, exp:1ms, pareto:200us,1.5
     #[arg(long, default_value = "none", value_parser = flush_time)]
     pub flush_time: String,
+    /// How long it takes on the first device, where that is to be slower than the others
+    #[arg(long, value_parser = flush_time)]
+    pub slow_flush_time: Option<String>,
     /// Between two operations of one address space
     #[arg(long, default_value = "1ms", value_parser = humantime::parse_duration)]
     pub pause: Duration,
@@ -179,6 +182,7 @@ impl Load {
             rule: self.rule,
             pause: self.pause,
             flush_time: self.flush_time.clone(),
+            slow_flush_time: self.slow_flush_time.clone(),
             workers: self.workers.into(),
             write_percent: percent(self.write_ratio),
             cache_pages: self.cache_pages,
@@ -208,6 +212,10 @@ impl Load {
             self.flush_time,
             paths.join(","),
         );
+        if let Some(slow) = &self.slow_flush_time {
+            command.push_str(" --slow-flush-time ");
+            command.push_str(slow);
+        }
         if let Some(rule) = self.rule {
             command.push_str(" --break ");
             command.push_str(rule.name());

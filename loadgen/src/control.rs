@@ -49,6 +49,8 @@ pub struct Plan {
     pub pause: Duration,
     /// How long a flush takes on a device, as shootdown-agent takes it: `fixed:500us`.
     pub flush_time: String,
+    /// How long it takes on the first device, if that is slower than the others.
+    pub slow_flush_time: Option<String>,
     /// Tasks of each device that read and write.
     pub workers: usize,
     /// How many accesses in a hundred are writes.
@@ -221,6 +223,22 @@ pub struct HostReport {
     pub young: Vec<LostYoung>,
     /// Of the pages that were asked for.
     pub histories: Vec<History>,
+    /// The process's memory while it ran.
+    pub memory: Vec<MemorySample>,
+    /// What the memory source still held when every address space had exited and every file was closed; nothing,
+    /// if it held nothing.
+    pub left_behind: Option<String>,
+}
+
+/// How much memory the host agent's process took, at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct MemorySample {
+    /// Since the host agent was ready.
+    pub seconds: f64,
+    /// Resident, in KiB, without the frames: they are in a memfd that nobody maps.
+    pub rss_kib: u64,
+    /// Frames in use.
+    pub frames: usize,
 }
 
 /// What a device saw.

@@ -85,7 +85,12 @@ async fn serve(mut parent: mpsc::Receiver<ToAgent>) -> Result<(), DeviceProcessE
         // is in the frames.
         cache_pages: if index % 2 == 1 { plan.cache_pages } else { 0 },
         write_policy: WritePolicy::Back,
-        flush_time: plan.flush_time.parse()?,
+        flush_time: plan
+            .slow_flush_time
+            .as_ref()
+            .filter(|_| index == 0)
+            .unwrap_or(&plan.flush_time)
+            .parse()?,
         seed: plan.seed.wrapping_add(index as u64),
         ..AcceleratorConfig::default()
     });

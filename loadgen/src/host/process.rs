@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use shootdown_client::Clock;
 use shootdown_server::config::{ConfigError, Settings, Span};
-use shootdown_server::source::memory::{MemoryConfig, MemorySource, SwapFile};
+use shootdown_server::source::memory::{MemoryConfig, MemorySource, MemoryStats, SwapFile};
 use shootdown_server::{ListenAddr, Running, StartError};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -18,13 +18,19 @@ use super::young::Watch;
 use crate::check::floor::FloorError;
 use crate::check::history::Histories;
 use crate::check::lost::UseFile;
-use crate::control::{self, FromAgent, HostReport, Plan, ToAgent, say};
+use crate::control::{self, FromAgent, HostReport, MemorySample, Plan, ToAgent, say};
 
 /// Threads of the workload, beside the host agent's own.
 const WORKLOAD_THREADS: usize = 2;
 
 /// How often the parent is told how far it is.
 const PROGRESS: Duration = Duration::from_millis(200);
+
+/// How often the process's memory is looked at.
+const SAMPLING: Duration = Duration::from_secs(5);
+
+/// Of a run of a day.
+const MOST_SAMPLES: usize = 20_000;
 
 /// Devices have left by then; it bounds a device that was killed.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -141,6 +147,8 @@ async fn work(
     let mut workload = Workload::prepare(world).await?;
     say(&FromAgent::Ready).map_err(HostProcessError::Parent)?;
     let mut tick = tokio::time::interval(PROGRESS);
+    let mut sampling = tokio::time::interval(SAMPLING);
+    let (began, mut memory) = (world.clock.now(), Vec::new());
     let wanted = loop {
         tokio::select! {
             // The parent goes first: what it says is rare, and may be the end.
@@ -156,9 +164,15 @@ async fn work(
                 let (done, wrong) = (ledger.operations(), wrong(world));
                 say(&FromAgent::Progress { done, wrong }).map_err(HostProcessError::Parent)?;
             }
+            _ = sampling.tick(), if memory.len() < MOST_SAMPLES => memory.push(MemorySample {
+                seconds: world.clock.now().since(began).as_secs_f64(),
+                rss_kib: rss_kib(),
+                frames: world.source.frames().in_use(),
+            }),
         }
     };
     workload.stop().await?;
+    let left_behind = left_behind(world).await;
     let checks = world.checks.lock();
     let young = world.watch.first();
     let found = checks.stale.iter().map(|stale| stale.page).chain(checks.lost.iter().map(|lost| lost.page));
@@ -180,7 +194,27 @@ async fn work(
         lost_young: world.watch.count(),
         young,
         histories: pages.into_iter().map(|page| world.histories.of(page)).collect(),
+        memory,
+        left_behind,
     }))
+}
+
+/// Ends what there still is; what the source holds then.
+async fn left_behind(world: &World) -> Option<String> {
+    for id in world.source.address_spaces() {
+        if let Err(error) = world.source.exit(id).await {
+            return Some(format!("address space {id}, which could not exit: {error}"));
+        }
+    }
+    let stats = world.source.stats();
+    (stats != MemoryStats::default()).then(|| format!("{stats:?}"))
+}
+
+/// How much of this process is resident, in KiB (`VmRSS` of proc_pid_status(5)); 0 where that is not told.
+fn rss_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+    line.split_whitespace().next().and_then(|kib| kib.parse().ok()).unwrap_or(0)
 }
 
 fn wrong(world: &World) -> u64 {

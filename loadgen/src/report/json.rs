@@ -37,6 +37,8 @@ pub fn to_json(run: &Outcome) -> Value {
         "paths": paths(run),
         "quiet_paths": quiet_paths(run),
         "stages": stages(run),
+        "memory": run.host.memory,
+        "left_behind": run.host.left_behind,
         "seed": run.plan.seed,
         "seconds": run.seconds,
         "stopped_early": run.stopped_early,

@@ -71,6 +71,8 @@ pub enum Failing {
     SilentDevice(usize),
     /// A rule was broken and nothing was found.
     BreakNotFound,
+    /// Every address space had exited, and the memory source still held something.
+    LeftBehind,
 }
 
 impl Outcome {
@@ -202,6 +204,9 @@ impl Outcome {
             }
             return failings;
         }
+        if self.host.left_behind.is_some() {
+            failings.push(Failing::LeftBehind);
+        }
         for (index, device) in self.devices.iter().enumerate() {
             if device.reads == 0 || device.tlb_hits == 0 {
                 failings.push(Failing::SilentDevice(index));
@@ -244,6 +249,9 @@ impl fmt::Display for Failing {
             Self::SilentDevice(index) => {
                 write!(f, "device {index} read nothing through a translation that it held: it shows nothing")
             }
+            Self::LeftBehind => {
+                f.write_str("the memory source held something when every address space had exited")
+            }
             Self::BreakNotFound => f.write_str("a rule was broken and the checker did not find it"),
         }
     }
@@ -277,6 +285,7 @@ pub(crate) mod tests {
                 rule: None,
                 pause: std::time::Duration::ZERO,
                 flush_time: "none".to_owned(),
+                slow_flush_time: None,
                 workers: 1,
                 write_percent: 0,
                 cache_pages: 0,
@@ -345,6 +354,13 @@ pub(crate) mod tests {
         let mut run = good();
         run.plan.rule = Some(Rule::GrantInWindow);
         assert_eq!(run.failings(), [Failing::BreakNotFound]);
+    }
+
+    #[test]
+    fn what_is_left_behind_fails_the_run() {
+        let mut run = good();
+        run.host.left_behind = Some("a frame".to_owned());
+        assert_eq!(run.failings(), [Failing::LeftBehind]);
     }
 
     #[test]

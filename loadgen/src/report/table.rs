@@ -87,6 +87,16 @@ pub fn write_verdict(out: &mut impl Write, run: &Outcome) -> io::Result<()> {
         "{} reads by the CPU, {} writes and {} flushes by devices; seed {}",
         run.host.loads, totals.writes, totals.flushes, run.plan.seed
     )?;
+    if let (Some(first), Some(last)) = (run.host.memory.get(1), run.host.memory.last()) {
+        writeln!(
+            out,
+            "host agent: {} KiB resident after {:.0} s, {} after {:.0}, beside {} frames",
+            first.rss_kib, first.seconds, last.rss_kib, last.seconds, last.frames
+        )?;
+    }
+    if let Some(left) = &run.host.left_behind {
+        writeln!(out, "left behind: {left}")?;
+    }
     if let Some(rule) = run.plan.rule {
         writeln!(out, "broken on purpose: {}", rule.name())?;
     }

@@ -378,6 +378,12 @@ impl<N: Notifier> MemorySource<N> {
         stats
     }
 
+    /// The address spaces that there are, in the order of their making.
+    #[must_use]
+    pub fn address_spaces(&self) -> Vec<AddressSpaceId> {
+        self.inner.spaces.read().keys().copied().collect()
+    }
+
     /// What one address space holds; `None` where there is none.
     #[must_use]
     pub fn address_space_stats(&self, id: AddressSpaceId) -> Option<AddressSpaceStats> {

@@ -26,6 +26,10 @@ pub enum Rule {
     FlushAfterAck,
     /// NoGrantInWindow: brackets end as soon as they have begun (host side)
     GrantInWindow,
+    /// dup_mmap: devices keep the leave to write to what a fork shares, and what they wrote (host side)
+    ForkWriteKept,
+    /// copy_page_range: devices keep the leave to write to what a snapshot shows, and what they wrote (host side)
+    SnapshotWriteKept,
     /// do_wp_page: the old page is released before devices hear of the copy (host side)
     CowFreeBeforeNotify,
     /// __xip_unmap: devices keep the placeholder that a real page replaces (host side)
@@ -65,6 +69,8 @@ impl Rule {
             Self::SkipOneTarget => "skip-one-target",
             Self::FlushAfterAck => "flush-after-ack",
             Self::GrantInWindow => "grant-in-window",
+            Self::ForkWriteKept => "fork-write-kept",
+            Self::SnapshotWriteKept => "snapshot-write-kept",
             Self::CowFreeBeforeNotify => "cow-free-before-notify",
             Self::PlaceholderNotInvalidated => "placeholder-not-invalidated",
             Self::YoungBitsDropped => "young-bits-dropped",
@@ -90,6 +96,8 @@ impl Rule {
             Self::ReleaseBeforeAck | Self::SkipOneTarget | Self::FlushAfterAck | Self::GrantInWindow => {
                 &[Path::Map, Path::Fork, Path::Cow, Path::Munmap, Path::Dontneed, Path::Exit]
             }
+            Self::ForkWriteKept => &[Path::Fork],
+            Self::SnapshotWriteKept => &[Path::Snapshot],
             Self::CowFreeBeforeNotify => &[Path::Fork, Path::Cow],
             Self::PlaceholderNotInvalidated => &[Path::Placeholder, Path::Truncate],
             Self::YoungBitsDropped => &[Path::Aging],

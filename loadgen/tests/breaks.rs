@@ -137,6 +137,16 @@ fn the_old_place_of_a_move_that_devices_keep_is_found() {
 }
 
 #[test]
+fn leave_to_write_that_is_kept_after_a_fork_is_found() {
+    wrong("fork-write-kept", &[]);
+}
+
+#[test]
+fn leave_to_write_that_is_kept_after_a_snapshot_is_found() {
+    wrong("snapshot-write-kept", &[]);
+}
+
+#[test]
 fn leave_to_write_that_is_kept_after_an_mprotect_is_found() {
     wrong("mprotect-write-kept", &[]);
 }

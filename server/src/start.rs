@@ -91,6 +91,8 @@ pub struct Running {
     addresses: Addresses,
     shards: Vec<Thread>,
     control: Thread,
+    /// Where the memory source's operations run.
+    paging: Thread,
     health: HealthReporter,
     /// Stops everything when it is dropped.
     stop: DropGuard,
@@ -142,12 +144,16 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     let stopped = stop.clone();
     let control = Thread::start("control".to_owned(), move || async move { stopped.cancelled().await })
         .map_err(StartError::Thread)?;
+    // The memory source reads and writes files, which may take as long as a disk takes: nobody else waits.
+    let stopped = stop.clone();
+    let paging = Thread::start("memory".to_owned(), move || async move { stopped.cancelled().await })
+        .map_err(StartError::Thread)?;
     // From here on a failure, which drops it, stops what was started.
     let stop_on_drop = stop.clone().drop_guard();
 
     let host = Host::new(host, control.handle.clone());
     let clock = host.clock();
-    let mut memory_config = MemoryConfig::new(Arc::new(move || clock.now()), control.handle.clone());
+    let mut memory_config = MemoryConfig::new(Arc::new(move || clock.now()), paging.handle.clone());
     memory_config.limit_frames = memory_limit_frames;
     memory_config.swap = swap.map(Arc::new);
     let memory = MemorySource::new(Arc::new(host.clone()), Arc::clone(&frames), memory_config);
@@ -199,6 +205,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         addresses,
         shards,
         control,
+        paging,
         health,
         stop: stop_on_drop,
         drain_timeout,
@@ -243,7 +250,7 @@ impl Running {
     /// sessions are waited for, but not for longer than the drain time-out; then all is cut. A round
     /// that is not complete by then is never answered: its pages are not released.
     pub async fn shutdown(self) {
-        let Self { host, memory, shards, control, health, stop, drain_timeout, .. } = self;
+        let Self { host, memory, shards, control, paging, health, stop, drain_timeout, .. } = self;
         health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         health.set_not_serving::<DeviceServiceServer<Devices>>().await;
         host.stopping().cancel();
@@ -267,6 +274,7 @@ impl Running {
         let threads = tokio::task::spawn_blocking(move || {
             shards.into_iter().for_each(Thread::join);
             control.join();
+            paging.join();
         });
         drop(threads.await);
     }

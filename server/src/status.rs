@@ -87,7 +87,9 @@ pub(crate) const fn memory_reason(error: &MemoryError) -> Reason {
         MemoryError::Notify(error) => notify_reason(error),
         MemoryError::NotQuiesced { .. } => Reason::Draining,
         MemoryError::Frame(error) => frame_reason(error),
-        MemoryError::Swap(SwapError::Full { .. } | SwapError::None) => Reason::OutOfMemory,
+        MemoryError::Swap(SwapError::Full { .. } | SwapError::TooManyReferences | SwapError::None) => {
+            Reason::OutOfMemory
+        }
         MemoryError::Swap(SwapError::File(_)) | MemoryError::File(_) => Reason::StoreFailed,
         MemoryError::TaskEnded => Reason::Draining,
     }

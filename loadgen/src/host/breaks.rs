@@ -112,6 +112,8 @@ impl<N: Notifier> Breaks<N> {
             }
             Rule::ReleaseAfterUnmap => (false, &[Twin::Exit], Deed::Behind(LATE)),
             Rule::CollapseNotBracketed => (false, &[Twin::Collapse], Deed::Never),
+            Rule::ForkWriteKept => (false, &[Twin::Fork], Deed::Never),
+            Rule::SnapshotWriteKept => (false, &[Twin::Snapshot], Deed::Never),
             Rule::MprotectWriteKept => (false, &[Twin::Protect], Deed::Never),
             Rule::MremapNewPlaceKept => {
                 let twins: &[Twin] = match self.moving.is_place(address_space, range) {

@@ -1,4 +1,4 @@
-//! Was a page used? `page_referenced`, `page_referenced_one`, after the mail's patch of `mm/rmap.c`
+//! Was a page used? `page_referenced`, `page_referenced_one`, after the patch of 2012 to `mm/rmap.c`
 //! ("invalidate_page outside PT lock", `page_referenced_one`); and `shrink_active_list`.
 //!
 //! ```text

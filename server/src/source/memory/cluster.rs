@@ -1,4 +1,4 @@
-//! A cluster of a file's entries is unmapped: `try_to_unmap_cluster`, after the mail's patch ("invalidate_page
+//! A cluster of a file's entries is unmapped: `try_to_unmap_cluster`, after the patch of 2012 ("invalidate_page
 //! outside PT lock").
 //!
 //! ```text

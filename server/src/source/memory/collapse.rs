@@ -1,5 +1,5 @@
 //! Collapse to a huge page: khugepaged's `khugepaged_scan_pmd` and `collapse_huge_page`, with the method of
-//! which the mail says that it may stay one that does not sleep (`test_young`).
+//! which the patches of 2012 say it may stay one that does not sleep (`test_young`).
 //!
 //! ```text
 //!   page-table lock: is every page there fit for it, and did the CPU use one?   (khugepaged_scan_pmd)

@@ -1,4 +1,4 @@
-//! Copy on write: the branch of `do_wp_page` that copies, after the mail's patch ("invalidate_page outside
+//! Copy on write: the branch of `do_wp_page` that copies, after the patch of 2012 ("invalidate_page outside
 //! PT lock").
 //!
 //! ```text

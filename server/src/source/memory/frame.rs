@@ -149,8 +149,11 @@ impl FrameStore {
         rustix::fs::ftruncate(&memory, (frames * FRAME_BYTES) as u64)?;
         // The size is what `capacity` says for ever: no access can fall off the end.
         rustix::fs::fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let ledger = Mutex::new(Ledger::default());
-        Ok(Arc::new(Self { memory: memory.into(), capacity: frames, most_references, ledger }))
+        Ok(Self::on(memory.into(), frames, most_references))
+    }
+
+    fn on(memory: File, capacity: usize, most_references: u32) -> Arc<Self> {
+        Arc::new(Self { memory, capacity, most_references, ledger: Mutex::new(Ledger::default()) })
     }
 
     /// How many frames there are.
@@ -312,7 +315,12 @@ impl FrameStore {
         match self.memory.write_all_at(bytes, position_of(frame.number)) {
             Ok(()) => Ok(frame),
             Err(error) => {
-                self.put([frame]);
+                // Nobody has seen it, so it needs no poison, which could not be written either.
+                let mut ledger = self.ledger.lock();
+                ledger.frames[frame.number as usize].references = 0;
+                ledger.renew(frame.number);
+                ledger.passed_over.push(frame.number);
+                ledger.in_use -= 1;
                 Err(FrameError::memory(error))
             }
         }
@@ -427,6 +435,17 @@ mod tests {
         assert!(bytes_of(&store, number).iter().all(|byte| *byte == POISON));
         assert!(store.generation(number) > life);
         assert_eq!(store.in_use(), 0);
+    }
+
+    /// As where the system has no memory for a memfd that is larger.
+    #[test]
+    fn memory_that_cannot_be_written_is_told_each_time_and_uses_no_frame_up() {
+        let full = std::fs::OpenOptions::new().read(true).write(true).open("/dev/full").unwrap();
+        let store = FrameStore::on(full, 2, 9);
+        for _ in 0..10 {
+            assert!(matches!(store.take_zeroed(), Err(FrameError::Memory(_))));
+        }
+        assert_eq!((store.in_use(), store.broken_poison()), (0, 0));
     }
 
     #[test]

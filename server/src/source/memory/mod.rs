@@ -3,6 +3,10 @@
 //! Each path of the kernel that needs a notifier has its twin here, in a file of its own, in the kernel's
 //! order: clear the entry, drop the page-table lock, notify, and only then free.
 //!
+//! That order, in which a notifier may sleep, is the one of the patches of 2012 to linux-mm by Andrea Arcangeli
+//! ("invalidate_page outside PT lock") and Christoph Lameter ("free-pgtables", "unmap vmas tlb flushing"). The heads
+//! of the files say which of them a twin follows, docs/memory-source.md has them all.
+//!
 //! | file | kernel |
 //! |---|---|
 //! | `frame` | `struct page`: references, poison |
@@ -451,7 +455,10 @@ impl<N: Notifier> MemorySource<N> {
             Obstacle::NoRoom => inner.make_room(self).await?,
             Obstacle::Swapped => {
                 inner.make_room(self).await?;
-                or_touch_again(swap_in::do_swap_page(&inner, space, address))?;
+                let user = space.enter()?;
+                // Not here: it reads the disk, and a shard that waits for a disk keeps all its sessions waiting.
+                let work = async move { swap_in::do_swap_page(&inner, &user.space, address) };
+                or_touch_again(self.owned(Twin::SwapOut, work).await)?;
             }
             Obstacle::File => {
                 inner.make_room(self).await?;

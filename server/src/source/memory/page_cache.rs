@@ -120,8 +120,8 @@ impl Backing {
         Arc::clone(&self.places).read_owned().await
     }
 
-    /// Entries that show the file may be moved while this is held. It is taken when devices have stopped, so that
-    /// no walk waits for them.
+    /// Entries that show the file may be moved while this is held. It is taken when devices have stopped at both
+    /// places; a move that waits for an entry which is on its way elsewhere keeps walks of the same file waiting.
     pub(super) async fn places_move(&self) -> OwnedRwLockWriteGuard<()> {
         Arc::clone(&self.places).write_owned().await
     }

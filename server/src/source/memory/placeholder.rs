@@ -63,7 +63,7 @@ pub(super) async fn unmap<N: Notifier>(
 ) -> Result<(), MemoryError> {
     let Some(life) = backing.lock().placeholder_life() else { return Ok(()) };
     // Until the entries are taken: one that moves is met at neither of its addresses.
-    let _stay = backing.places_stay().await;
+    let stay = backing.places_stay().await;
     let mut places: Vec<(User, u64)> = Vec::new();
     for (space, address) in object.shown_at(position_of(index)) {
         let table = space.tables.get(address);
@@ -74,5 +74,5 @@ pub(super) async fn unmap<N: Notifier>(
             places.push((user, address));
         }
     }
-    take_away(inner, places, life, Cause::Clear).await
+    take_away(inner, places, life, Cause::Clear, stay).await
 }

@@ -1,5 +1,5 @@
-//! A page is taken out of every page table that shows it: `rmap_walk`, `try_to_unmap_one`, after the mail's
-//! patch ("invalidate_page outside PT lock").
+//! A page is taken out of every page table that shows it: `rmap_walk`, `try_to_unmap_one`, after the
+//! patch of 2012 ("invalidate_page outside PT lock").
 //!
 //! ```text
 //!   the page is isolated; its places are copied out under the rmap lock; unlock
@@ -18,6 +18,8 @@
 
 use futures_util::future::join_all;
 use shootdown_core::{Access, AddrRange, Cause, PageSize};
+
+use tokio::sync::OwnedRwLockReadGuard;
 
 use super::Inner;
 use super::address_space::{AddressSpace, User};
@@ -126,12 +128,14 @@ pub(super) async fn try_to_unmap<'a, N: Notifier>(
 }
 
 /// Takes a frame that is on no list away from the entries at `places` that show it, and gives their references
-/// back when devices have stopped; refused, the entries come back.
+/// back when devices have stopped; refused, the entries come back. `stay` is held until they are taken: a move
+/// waits for one that is taken by itself.
 pub(super) async fn take_away<N: Notifier>(
     inner: &Inner<N>,
     places: Vec<(User, u64)>,
     life: FrameLife,
     cause: Cause,
+    stay: OwnedRwLockReadGuard<()>,
 ) -> Result<(), MemoryError> {
     let mut takings = Takings { life, taken: Vec::new() };
     for (user, address) in places {
@@ -139,6 +143,7 @@ pub(super) async fn take_away<N: Notifier>(
             takings.taken.push(Taken { user, address });
         }
     }
+    drop(stay);
     let proof = tell(inner, &takings.taken, cause).await?;
     let taken = std::mem::take(&mut takings.taken);
     let came_out = taken.iter().filter_map(|taken| taken.settle(life, |_| Slot::Absent));

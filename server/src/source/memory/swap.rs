@@ -50,6 +50,9 @@ pub enum SwapError {
         /// How many there are.
         slots: usize,
     },
+    /// The page of a slot is shared as often as it may be.
+    #[error("a page in the swap file has as many references as it may")]
+    TooManyReferences,
     /// There is no swap file.
     #[error("there is no swap file")]
     None,
@@ -136,7 +139,7 @@ impl SwapFile {
     pub(super) fn share(&self, slot: &SwapRef) -> Result<SwapRef, SwapError> {
         let mut ledger = self.ledger.lock();
         let references = &mut ledger.references[slot.slot as usize];
-        *references = references.checked_add(1).ok_or(SwapError::Full { slots: self.slots })?;
+        *references = references.checked_add(1).ok_or(SwapError::TooManyReferences)?;
         Ok(SwapRef { slot: slot.slot })
     }
 

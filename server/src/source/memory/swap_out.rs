@@ -1,5 +1,5 @@
 //! A page goes to the swap file: `try_to_unmap` and `pageout` of `shrink_page_list`, on top of
-//! [`try_to_unmap`], which follows the mail's patch.
+//! [`try_to_unmap`], which follows the patch of 2012.
 //!
 //! ```text
 //!   a slot is reserved   --full--> the page stays, and nobody is told                   (add_to_swap)

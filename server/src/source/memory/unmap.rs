@@ -1,4 +1,4 @@
-//! munmap: `do_munmap`, `unmap_region` and `free_pgtables`, after the mail's patches ("free-pgtables").
+//! munmap: `do_munmap`, `unmap_region` and `free_pgtables`, after the patches of 2012 ("free-pgtables").
 //!
 //! ```text
 //!   claim the range; its VMAs are split at the ends and marked leaving   (detach_vmas_to_be_unmapped)

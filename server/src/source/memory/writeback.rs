@@ -1,4 +1,4 @@
-//! Write-back: `clear_page_dirty_for_io`, `page_mkclean` and `page_mkclean_one`, after the mail's patch
+//! Write-back: `clear_page_dirty_for_io`, `page_mkclean` and `page_mkclean_one`, after the patch of 2012
 //! ("invalidate_page outside PT lock").
 //!
 //! ```text

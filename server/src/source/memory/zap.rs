@@ -1,5 +1,5 @@
 //! Taking pages out of an address space, and freeing them: `unmap_vmas`, and `zap_page_range` for
-//! MADV_DONTNEED, after the mail's patches ("unmap vmas tlb flushing").
+//! MADV_DONTNEED, after the patches of 2012 ("unmap vmas tlb flushing").
 //!
 //! ```text
 //!   invalidate_range_start  over the whole range, no lock held, before any entry is cleared

@@ -139,6 +139,27 @@ pub fn judge(reading: &Reading<'_>, before: &Record) -> Judgement {
     worst
 }
 
+/// Judges it again by the record as it was when the read had ended, if that is another: what an operation brought
+/// that began meanwhile was allowed before it began.
+#[must_use]
+pub fn judge_again(
+    judgement: Judgement,
+    reading: &Reading<'_>,
+    before: &Record,
+    after: &Record,
+) -> Judgement {
+    let changed = after.change != before.change;
+    match judgement {
+        Judgement::StaleIfUnchanged(_) if changed => Judgement::Fresh,
+        Judgement::StaleIfUnchanged(found) => Judgement::Stale(found),
+        // A page that was moved away from here and came back, older than what was stored here in between.
+        Judgement::Stale(Found::Older { .. }) if changed && judge(reading, after) == Judgement::Fresh => {
+            Judgement::Fresh
+        }
+        judgement => judgement,
+    }
+}
+
 fn judge_block(block: Block, reading: &Reading<'_>, before: &Record) -> Judgement {
     match (block, reading.kind) {
         (Block::Poison, _) => Judgement::Stale(Found::Freed),
@@ -329,6 +350,23 @@ mod tests {
         let other = Stamp { address: 0x6000, ..stamp(SPACE, 25) };
         let elsewhere = Found::Elsewhere { address_space: SPACE, address: 0x6000 };
         assert_eq!(in_frame(&other.to_page()), Judgement::StaleIfUnchanged(elsewhere));
+    }
+
+    #[test]
+    fn a_page_that_was_moved_away_and_back_during_the_read_is_fresh_and_no_other_that_is_older() {
+        let back = |version| stamp(SPACE, version).to_page();
+        let after = Record { also_at: ADDRESS, also_version: 12, change: 2, ..RECORD };
+        let again = |page: &[u8], after: &Record| {
+            let (kind, origin) = (Kind::Stamped, Origin::Frame);
+            let reading = Reading { owner: SPACE, address: ADDRESS, kind, origin, page };
+            judge_again(judge(&reading, &RECORD), &reading, &RECORD, after)
+        };
+        assert_eq!(again(&back(12), &after), Judgement::Fresh);
+        assert_eq!(again(&back(13), &after), Judgement::Stale(Found::Older { version: 13 }));
+        assert_eq!(again(&back(12), &RECORD), Judgement::Stale(Found::Older { version: 12 }));
+        let later = Record { change: 2, ..RECORD };
+        assert_eq!(again(&back(12), &later), Judgement::Stale(Found::Older { version: 12 }));
+        assert_eq!(again(&[POISON; PAGE_BYTES], &after), Judgement::Stale(Found::Freed));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::check::history::PageName;
 use crate::check::layout::{Layout, Use};
 use crate::check::lost::{Left, LostWrite, Mark, Used, what_is_left};
 use crate::check::stamp::PAGE_BYTES;
-use crate::check::verdict::{Found, Judgement, Kind, Origin, Reading, StaleRead, judge};
+use crate::check::verdict::{Found, Judgement, Kind, Origin, Reading, StaleRead, judge, judge_again};
 use crate::control::{DeviceReport, Plan, Shared, device_name};
 
 /// How many stale reads, and lost writes, are told in full.
@@ -157,10 +157,9 @@ impl Bench {
             let judgement = match judgement {
                 Judgement::ReadAgain if attempt < MOST_TRIES => continue,
                 Judgement::ReadAgain => Judgement::Stale(Found::Mangled),
-                Judgement::StaleIfUnchanged(found) => {
+                judged @ (Judgement::StaleIfUnchanged(_) | Judgement::Stale(_)) => {
                     let after = self.shared.floors.read(name.slot, name.page)?;
-                    let unchanged = after.change == before.change;
-                    if unchanged { Judgement::Stale(found) } else { Judgement::Fresh }
+                    judge_again(judged, &reading, &before, &after)
                 }
                 judgement => judgement,
             };

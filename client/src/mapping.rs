@@ -48,6 +48,9 @@ impl Mapping {
     /// Begins a use: a DMA, a kernel launch, whatever reads or writes through the translation. No notice
     /// that overlaps is acked before the guard is dropped, so hold it for as short as the use lasts.
     ///
+    /// Do not wait for a fault while a use is open, of whatever page: the host may need the page of the use to make
+    /// room for the one that is faulted, and waits for the use to end. It would end with the lease.
+    ///
     /// The price: one lock, a reading of the clock, O(log n) in the device's mappings; as much when the
     /// guard is dropped.
     ///

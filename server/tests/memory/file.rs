@@ -309,3 +309,18 @@ async fn a_whole_page_of_a_device_reaches_another_mapping() {
     source.frames().read(&[span], &mut out).unwrap();
     assert_eq!(out[..], [3; PAGE as usize]);
 }
+
+#[tokio::test]
+async fn a_mapping_of_a_file_that_was_opened_for_reading_never_allows_writes() {
+    let (source, _recorder) = source(16);
+    let path = tempfile::NamedTempFile::new().unwrap();
+    path.as_file().set_len(PAGE).unwrap();
+    let file = source.open_file(File::open(path.path()).unwrap(), PAGE).unwrap();
+    let space = source.create("test").unwrap();
+    source.map_file(space, pages(0, 1), Access::Read, &file, 0).unwrap();
+    let refused = source.protect(space, pages(0, 1), Access::Write).await;
+    assert!(matches!(refused, Err(MemoryError::ReadOnly { address: 0 })), "{refused:?}");
+    assert_eq!(get(&source, space, 0).await, 0);
+    let refused = source.store(space, 0, &[1]).await;
+    assert!(matches!(refused, Err(MemoryError::ReadOnly { address: 0 })), "{refused:?}");
+}

@@ -72,16 +72,20 @@ async fn a_replacement_that_is_not_quiesced_keeps_both_frames_and_the_next_store
 }
 
 #[tokio::test]
-async fn a_replacement_whose_place_was_taken_and_that_is_not_quiesced_keeps_the_old_page_in_quarantine() {
+async fn a_replacement_that_is_not_quiesced_keeps_the_old_page_in_quarantine_when_its_place_is_unmapped() {
     let (source, recorder, kept, gone) = twins().await;
     read_only(&source, &recorder, [kept, gone]).await;
     let device = recorder.grant(gone, 3 * PAGE, Access::Read).await.unwrap();
     recorder.answer([Answer::HeldNotQuiesced]);
     let merge = start(&source);
     until(|| recorder.calls().len() == 1).await;
-    source.unmap(gone, pages(0, 8)).await.unwrap();
+    let unmapping = tokio::spawn({
+        let source = source.clone();
+        async move { source.unmap(gone, pages(0, 8)).await.unwrap() }
+    });
     recorder.open_gate();
     assert!(matches!(merge.await.unwrap(), Err(MemoryError::NotQuiesced { .. })));
+    unmapping.await.unwrap();
     assert_eq!((source.stats().quarantined, dma(source.frames(), device.frame)), (2, 7));
     end(&source, &recorder, [kept, gone]).await;
 }
@@ -94,9 +98,13 @@ async fn a_fork_while_devices_switch_shares_whichever_page_is_there_and_loses_no
         recorder.answer([answer]);
         let merge = start(&source);
         until(|| recorder.calls().len() == 1).await;
-        let child = source.fork(gone, "child").await.unwrap();
+        let forking = tokio::spawn({
+            let source = source.clone();
+            async move { source.fork(gone, "child").await.unwrap() }
+        });
         recorder.open_gate();
         assert_eq!(merge.await.unwrap().is_ok(), answer == Answer::Held);
+        let child = forking.await.unwrap();
         put(&source, kept, 3, 9).await;
         assert_eq!((get(&source, gone, 3).await, get(&source, child, 3).await), (7, 7));
         // The child's page is found by its owner, whichever it is.

@@ -433,3 +433,22 @@ async fn a_page_that_is_dropped_while_it_is_asked_for_is_freed_and_nobody_is_tol
     assert_eq!((swap.in_use(), source.stats().frames_in_use), (0, 0));
     nothing_is_left(&source, &recorder).await;
 }
+
+/// Pages that cannot go are at the old end of the lists: reclaim looks past them.
+#[tokio::test]
+async fn pages_that_a_snapshot_keeps_do_not_keep_the_others_in_memory() {
+    let (source, recorder, _swap) = swapping(64, 16, 64);
+    let space = mapped(&source, pages(0, 32));
+    for page in 0..8 {
+        put(&source, space, page, 1).await;
+    }
+    let snapshot = source.snapshot(space).await.unwrap();
+    for page in 8..32 {
+        put(&source, space, page, page as u8).await;
+    }
+    for page in 8..32 {
+        assert_eq!(get(&source, space, page).await, page as u8);
+    }
+    drop(snapshot);
+    nothing_is_left(&source, &recorder).await;
+}

@@ -153,6 +153,13 @@ impl MemoryFile {
     }
 }
 
+impl OpenFile {
+    /// Whether it was opened for writing.
+    pub(super) fn may_write(&self) -> bool {
+        self.writable == Access::Write
+    }
+}
+
 impl Drop for OpenFile {
     fn drop(&mut self) {
         self.backing.forget();

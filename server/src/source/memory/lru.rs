@@ -171,6 +171,9 @@ impl Lru {
     }
 }
 
+/// Owners of a merged page before those are looked for that have gone.
+const MOST_OWNERS: usize = 32;
+
 /// Entries of the lists that may be out of date, beside as many as there are frames, before they are looked
 /// through.
 const SLACK: usize = 64;
@@ -237,6 +240,10 @@ impl Isolated {
     /// The page belongs to another object too: it was merged. Once for each place of an object, or a walk
     /// would come to the place twice.
     pub(super) fn add_owner(&mut self, owner: Owner) {
+        if self.owners.len() >= MOST_OWNERS {
+            // Objects that nothing shows any more: without them the page is at worst not reclaimed.
+            self.owners.retain(|owner| owner.object.is_shown());
+        }
         if !self.owners.iter().any(|known| known.is(&owner)) {
             self.owners.push(owner);
         }

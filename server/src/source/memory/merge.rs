@@ -121,6 +121,8 @@ impl Scan {
 
     fn merged(&mut self, sum: u64, kept: FrameLife) {
         self.unstable.remove(&sum);
+        // A page that was written in place meanwhile is known by what it holds now, and by nothing else.
+        self.stable.retain(|_, life| *life != kept);
         self.stable.insert(sum, kept);
     }
 

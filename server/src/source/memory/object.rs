@@ -80,6 +80,11 @@ impl Object {
         places.overlapping(part).filter_map(shown).collect()
     }
 
+    /// Whether anything shows a part of it.
+    pub(super) fn is_shown(&self) -> bool {
+        self.places.lock().overlaps(AddrRange::ALL)
+    }
+
     /// The file, if it is one.
     pub(super) fn backing(&self) -> Option<&Arc<Backing>> {
         match &self.kind {

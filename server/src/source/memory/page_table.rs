@@ -41,6 +41,8 @@ pub(super) struct Entry {
     pub(super) stage: Stage,
     /// The CPU touched it since this was cleared (`_PAGE_ACCESSED`), or a device was given it.
     pub(super) young: bool,
+    /// Whose it is while it is moving: one frame, the placeholder of a file, is taken by several at once.
+    pub(super) ticket: u64,
     /// The CPU wrote to it since this was cleared (`_PAGE_DIRTY`), or a device was given leave to.
     pub(super) dirty: bool,
 }
@@ -110,7 +112,7 @@ pub(super) struct Tables {
 impl Entry {
     /// An entry that nobody has used yet.
     pub(super) fn new(frame: FrameRef, allows: Access) -> Self {
-        Self { frame, allows, stage: Stage::Settled, young: false, dirty: false }
+        Self { frame, allows, stage: Stage::Settled, young: false, ticket: 0, dirty: false }
     }
 
     /// What a touch leaves behind.

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::frame::{FrameError, FrameRef, FrameStore};
 use super::gather::Quiesced;
 use super::lru::Lru;
@@ -13,6 +15,7 @@ pub(super) struct Pool {
     pub(super) frames: Arc<FrameStore>,
     pub(super) lru: Arc<Lru>,
     swap: Option<Arc<SwapFile>>,
+    last_ticket: Mutex<u64>,
     /// The most frames that are used for pages; the store may have more.
     pub(super) limit: usize,
 }
@@ -20,11 +23,18 @@ pub(super) struct Pool {
 impl Pool {
     pub(super) fn new(frames: Arc<FrameStore>, swap: Option<Arc<SwapFile>>, limit: usize) -> Arc<Self> {
         let (lru, limit) = (Lru::new(Arc::clone(&frames)), limit.min(frames.capacity()));
-        Arc::new(Self { frames, lru, swap, limit })
+        Arc::new(Self { frames, lru, swap, last_ticket: Mutex::new(0), limit })
     }
 
     pub(super) fn swap(&self) -> Result<&SwapFile, SwapError> {
         self.swap.as_deref().ok_or(SwapError::None)
+    }
+
+    /// A number that nobody had before, and that is not 0.
+    pub(super) fn next_ticket(&self) -> u64 {
+        let mut last = self.last_ticket.lock();
+        *last += 1;
+        *last
     }
 
     /// Gives references back that devices may have used: every one has stopped. How many frames were freed.

@@ -35,7 +35,7 @@ use super::error::MemoryError;
 use super::gather::Bracket;
 use super::page_table::{Table, page_after, rest_after};
 use super::twin::Twin;
-use super::vma::{Flags, Vmas};
+use super::vma::{Flags, Vma, Vmas};
 use super::{Inner, MemorySource, whole_pages};
 use crate::source::Notifier;
 
@@ -46,8 +46,8 @@ impl<N: Notifier> MemorySource<N> {
     /// A mapping that allows as much already is left out; where nothing changes, nobody is told.
     ///
     /// # Errors
-    /// [`MemoryError::Unmapped`] if a page is not mapped, [`MemoryError::TooManyMappings`],
-    /// [`MemoryError::Notify`], [`MemoryError::NotQuiesced`]: everything is as it was.
+    /// [`MemoryError::Unmapped`] if a page is not mapped, [`MemoryError::ReadOnly`] if writes are asked for and a
+    /// file there was opened for reading only, [`MemoryError::TooManyMappings`], [`MemoryError::Notify`], [`MemoryError::NotQuiesced`]: everything is as it was.
     /// [`MemoryError::Range`], [`MemoryError::AddressSpaceUnknown`], [`MemoryError::Exiting`],
     /// [`MemoryError::TaskEnded`].
     ///
@@ -131,6 +131,12 @@ async fn mprotect<N: Notifier>(
 /// From the first page of `range` that does not allow the same to the last.
 fn what_changes(vmas: &Vmas, range: AddrRange, access: Access) -> Result<Option<AddrRange>, MemoryError> {
     vmas.all_allowing(range, Access::Read)?;
+    // VM_MAYWRITE: what was opened for reading is not written through a mapping of it.
+    let may_not =
+        |vma: &Vma| access == Access::Write && vma.file.as_ref().is_some_and(|file| !file.may_write());
+    if let Some(vma) = vmas.overlapping(range).find(may_not) {
+        return Err(MemoryError::ReadOnly { address: vma.range.start().max(range.start()) });
+    }
     let others = vmas.overlapping(range).filter(|vma| vma.access != access);
     Ok(others.filter_map(|vma| vma.range.intersection(range)).reduce(AddrRange::hull))
 }

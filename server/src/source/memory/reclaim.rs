@@ -231,13 +231,16 @@ async fn try_to_free_pages<N: Notifier>(inner: &Inner<N>) -> Result<(), MemoryEr
 async fn shrink<N: Notifier>(inner: &Inner<N>, pages: usize, shift: u32, bits: Bits, tally: &mut Tally) {
     let lru = &inner.pool.lru;
     let mut left = (lru.turns() >> shift).max(CLUSTER);
+    let mut whole = shift == 0;
     while left > 0 && tally.done.freed < pages {
-        let batch = CLUSTER.min(left);
+        // No more are asked about at once than are wanted; what counts is how many were looked at.
+        let batch = CLUSTER.min(left).min(pages - tally.done.freed);
         left -= batch;
-        if lru.inactive_is_low() {
-            shrink_active_list(inner, batch, bits, tally).await;
+        // Once a whole pass in any case: all that is inactive may be pages that cannot go.
+        if lru.inactive_is_low() || std::mem::take(&mut whole) {
+            shrink_active_list(inner, CLUSTER, bits, tally).await;
         }
-        shrink_inactive_list(inner, batch.min(pages - tally.done.freed), bits, tally).await;
+        shrink_inactive_list(inner, batch, bits, tally).await;
         // cond_resched(): where nobody has to be asked nothing above waits.
         tokio::task::yield_now().await;
     }

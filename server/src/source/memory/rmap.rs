@@ -66,6 +66,8 @@ struct Taken {
     /// Keeps the address space from ending meanwhile.
     user: User,
     address: u64,
+    /// By which it is known from another's of the same frame.
+    ticket: u64,
 }
 
 /// What an entry is replaced by.
@@ -109,10 +111,11 @@ pub(super) async fn try_to_unmap<'a, N: Notifier>(
     locked: Locked,
 ) -> Result<Unmapped<'a>, (Isolated, Kept)> {
     let pool = &*inner.pool;
+    let ticket = pool.next_ticket();
     let mut takings = Takings { life: page.life(), taken: Vec::new() };
     for (user, address) in places_of(&page) {
-        match take(&user.space, address, page.life(), locked) {
-            Ok(Found::Taken) => takings.taken.push(Taken { user, address }),
+        match take(&user.space, address, page.life(), ticket, locked) {
+            Ok(Found::Taken) => takings.taken.push(Taken { user, address, ticket }),
             Ok(Found::Elsewhere) => {}
             Err(kept) => return Err((page, kept)),
         }
@@ -137,10 +140,11 @@ pub(super) async fn take_away<N: Notifier>(
     cause: Cause,
     stay: OwnedRwLockReadGuard<()>,
 ) -> Result<(), MemoryError> {
+    let ticket = inner.pool.next_ticket();
     let mut takings = Takings { life, taken: Vec::new() };
     for (user, address) in places {
-        if let Ok(Found::Taken) = take(&user.space, address, life, Locked::May) {
-            takings.taken.push(Taken { user, address });
+        if let Ok(Found::Taken) = take(&user.space, address, life, ticket, Locked::May) {
+            takings.taken.push(Taken { user, address, ticket });
         }
     }
     drop(stay);
@@ -171,7 +175,13 @@ enum Found {
 }
 
 /// `try_to_unmap_one`, up to the notifier.
-fn take(space: &AddressSpace, address: u64, life: FrameLife, locked: Locked) -> Result<Found, Kept> {
+fn take(
+    space: &AddressSpace,
+    address: u64,
+    life: FrameLife,
+    ticket: u64,
+    locked: Locked,
+) -> Result<Found, Kept> {
     let layout = space.layout.read();
     let Some(table) = space.tables.get(address) else { return Ok(Found::Elsewhere) };
     let mut entries = table.lock();
@@ -186,7 +196,7 @@ fn take(space: &AddressSpace, address: u64, life: FrameLife, locked: Locked) -> 
         return Err(Kept::Locked);
     }
     if let Slot::Present(entry) = entries.replace(address, Slot::Absent) {
-        entries.replace(address, Slot::Moving(entry));
+        entries.replace(address, Slot::Moving(Entry { ticket, ..entry }));
     }
     Ok(Found::Taken)
 }
@@ -204,6 +214,10 @@ async fn tell<N: Notifier>(inner: &Inner<N>, taken: &[Taken], cause: Cause) -> R
 }
 
 impl Taken {
+    fn is_mine(&self, entry: &Entry, life: FrameLife) -> bool {
+        entry.is_life(life) && entry.ticket == self.ticket
+    }
+
     /// Puts `slot` in the place of the moving entry; what came out, if it was still there.
     fn settle(&self, life: FrameLife, slot: impl FnOnce(&Entry) -> Slot) -> Option<FrameRef> {
         let space = &self.user.space;
@@ -211,7 +225,7 @@ impl Taken {
         let came_out = {
             let mut entries = table.lock();
             let slot = match entries.slot(self.address) {
-                Slot::Moving(entry) if entry.is_life(life) => slot(entry),
+                Slot::Moving(entry) if self.is_mine(entry, life) => slot(entry),
                 // It was zapped meanwhile.
                 _ => return None,
             };
@@ -229,7 +243,7 @@ impl Taken {
         let Some(table) = space.tables.get(self.address) else { return };
         {
             let mut entries = table.lock();
-            if matches!(entries.slot(self.address), Slot::Moving(entry) if entry.is_life(life))
+            if matches!(entries.slot(self.address), Slot::Moving(entry) if self.is_mine(entry, life))
                 && let Slot::Moving(entry) = entries.replace(self.address, Slot::Absent)
             {
                 entries.replace(self.address, Slot::Present(entry));
@@ -254,7 +268,7 @@ impl Unmapped<'_> {
         let dirty = |taken: &Taken| {
             let Some(table) = taken.user.space.tables.get(taken.address) else { return false };
             let entries = table.lock();
-            matches!(entries.slot(taken.address), Slot::Moving(entry) if entry.dirty)
+            matches!(entries.slot(taken.address), Slot::Moving(entry) if entry.ticket == taken.ticket && entry.dirty)
         };
         self.takings.taken.iter().any(dirty)
     }

@@ -177,7 +177,9 @@ impl Drop for Protection<'_> {
                 // A fork that shared it meanwhile took the leave from devices itself, and wants it read-only.
                 let references = self.space.frames.references(self.page.pin());
                 let shared = references > self.page.own_references() + 1;
-                let writable = layout.vmas.allowing(self.address, Access::Write).is_ok();
+                // Whether it is leaving or not: an unmap that is refused brings it back.
+                let page = AddrRange::page_of(self.address, PageSize::BASE);
+                let writable = layout.vmas.overlapping(page).any(|vma| vma.access == Access::Write);
                 if self.stopped == Stopped::Unknown && !shared && writable {
                     entry.allows = Access::Write;
                 }
@@ -187,43 +189,51 @@ impl Drop for Protection<'_> {
     }
 }
 
-/// `replace_page`, everywhere.
+/// `replace_page`, everywhere. Whether an entry names `kept` now.
 async fn replace_page<N: Notifier>(
     inner: &Inner<N>,
     page: &Isolated,
     kept: &mut Isolated,
     places: Places,
 ) -> Result<bool, MemoryError> {
-    let mut replacements = Vec::with_capacity(places.len());
-    for (user, address) in places {
-        replacements.extend(Replacement::make(user, address, page, kept));
-    }
-    if replacements.is_empty() {
-        return Ok(false);
-    }
     // Before anybody else can isolate it: a fork may share it from here on, even if P comes back.
     for owner in page.owners() {
         kept.add_owner(owner.clone());
     }
-    let frame = kept.number();
-    let rounds = replacements.into_iter().map(|mut replacement| async move {
-        let range = AddrRange::page_of(replacement.address, PageSize::BASE);
-        let (id, translation) =
-            (replacement.user.space.id, Translation { range, frame, access: Access::Read });
-        replacement.told = Told::Perhaps;
-        let round = match inner.notifier.change_pte(id, translation, Wait::ForTargets).await {
-            Ok(round) => round,
-            Err(error) => {
-                replacement.nobody_was_told();
-                return Err(MemoryError::Notify(error));
-            }
-        };
-        let proof = Quiesced::judge(range, &round)?;
-        replacement.settle(&proof);
-        Ok(())
-    });
-    let ended: Result<(), MemoryError> = join_all(rounds).await.into_iter().collect();
-    ended.map(|()| true)
+    let kept = &*kept;
+    let replaced = places.into_iter().map(|(user, address)| replace_one(inner, page, kept, user, address));
+    let ended: Result<Vec<bool>, MemoryError> = join_all(replaced).await.into_iter().collect();
+    ended.map(|replaced| replaced.contains(&true))
+}
+
+/// `replace_page` at one place. Whether its entry names `kept` now.
+///
+/// With a claim on the page until the round is over: were the entry zapped in between, and its bracket over, the
+/// hint would come late, and a device would take K for whatever is there by then. It waits for the claim with
+/// nothing in its hands that anybody who has one waits for.
+async fn replace_one<N: Notifier>(
+    inner: &Inner<N>,
+    page: &Isolated,
+    kept: &Isolated,
+    user: User,
+    address: u64,
+) -> Result<bool, MemoryError> {
+    let range = AddrRange::page_of(address, PageSize::BASE);
+    let space = Arc::clone(&user.space);
+    let _claim = space.claim(range).await;
+    let Some(mut replacement) = Replacement::make(user, address, page, kept) else { return Ok(false) };
+    let translation = Translation { range, frame: kept.number(), access: Access::Read };
+    replacement.told = Told::Perhaps;
+    let round = match inner.notifier.change_pte(space.id, translation, Wait::ForTargets).await {
+        Ok(round) => round,
+        Err(error) => {
+            replacement.nobody_was_told();
+            return Err(MemoryError::Notify(error));
+        }
+    };
+    let proof = Quiesced::judge(range, &round)?;
+    replacement.settle(&proof);
+    Ok(true)
 }
 
 /// Whether a device may have been told of the page that is kept.

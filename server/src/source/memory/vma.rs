@@ -44,7 +44,6 @@ pub(super) struct Vma {
     /// Which byte of the object its first is (`vm_pgoff`).
     pub(super) offset: u64,
     /// Keeps the object's pages, if it is a file's (`vm_file`).
-    #[expect(dead_code, reason = "it is held, not read")]
     pub(super) file: Option<Arc<OpenFile>>,
 }
 

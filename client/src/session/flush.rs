@@ -107,8 +107,8 @@ impl Flush {
         let permit = Arc::clone(&self.permits).acquire_owned().await;
         let replacement = self.replacement.take();
         let brought = call(&*tlb, &self.notice, replacement).await;
-        // A flush that waits for a use keeps nobody from flushing: the use may itself wait for a grant,
-        // and that grant for the flush that would wait here.
+        // A flush that waits for a use keeps nobody from flushing: the use may be a long one, or wait for a
+        // grant in spite of what `Mapping::begin_use` says, and that grant for the flush that would wait here.
         drop(permit);
         self.finish(brought).await;
     }

@@ -319,4 +319,17 @@ mod tests {
         drop(isolated);
         assert_eq!((lru.state.lock().pages.len(), lru.frames.in_use()), (0, 0));
     }
+
+    #[test]
+    fn a_page_that_is_merged_for_ever_does_not_remember_what_nothing_shows_any_more() {
+        let lru = Lru::new(FrameStore::new(4).unwrap());
+        let frame = page(&lru, List::Active);
+        let mut isolated = lru.isolate(frame.life()).unwrap();
+        for position in 0..1000 {
+            isolated.add_owner(Owner { object: Object::anonymous(), position });
+        }
+        assert!(isolated.owners().len() <= MOST_OWNERS);
+        drop(isolated);
+        lru.frames.put([frame]);
+    }
 }

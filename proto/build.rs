@@ -5,13 +5,14 @@ use std::{env, fs};
 
 use prost::Message as _;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "shootdown/v1/common.proto",
     "shootdown/v1/device.proto",
     "shootdown/v1/page.proto",
     "shootdown/v1/notifier.proto",
     "shootdown/v1/memory.proto",
     "shootdown/v1/admin.proto",
+    "shootdown/v1/fencer.proto",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

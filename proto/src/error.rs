@@ -37,15 +37,19 @@ impl Reason {
             | Self::SessionFenced
             | Self::LeaseRequired
             | Self::EpochStale
+            | Self::FaultsAlreadyServed
             | Self::AddressSpaceReleased => Code::FailedPrecondition,
             Self::VersionUnsupported => Code::Unimplemented,
-            Self::FieldInvalid | Self::RangeInvalid | Self::MessageUnknown => Code::InvalidArgument,
+            Self::FieldInvalid | Self::RangeInvalid | Self::MessageUnknown | Self::RequestIdReused => {
+                Code::InvalidArgument
+            }
             Self::MessageTooLarge
             | Self::SubscriptionQuota
             | Self::FaultQuota
             | Self::OutOfMemory
             | Self::SessionQuota
             | Self::RoundQuota
+            | Self::QuarantineFull
             | Self::AddressSpaceQuota => Code::ResourceExhausted,
             Self::AddressSpaceUnknown
             | Self::SubscriptionUnknown
@@ -54,7 +58,7 @@ impl Reason {
             | Self::FrameUnknown => Code::NotFound,
             Self::FaultAccess | Self::PermissionDenied | Self::AddressSpaceNotOwned => Code::PermissionDenied,
             Self::FaultContended | Self::SessionEvicted | Self::SessionReplaced => Code::Aborted,
-            Self::Draining => Code::Unavailable,
+            Self::Draining | Self::HostSuperseded => Code::Unavailable,
             Self::MappingExists => Code::AlreadyExists,
             Self::StoreFailed => Code::DataLoss,
         }

@@ -106,8 +106,8 @@ pub struct ResumePoint {
     pub session: SessionId,
     /// The host agent's incarnation in it.
     pub host_incarnation: Incarnation,
-    /// The last notice of the contiguous run that was flushed.
-    pub acked_through: Option<NoticeNumber>,
+    /// Every notice up to and including this one was received, and is flushed or being flushed.
+    pub received_through: Option<NoticeNumber>,
 }
 
 /// Asks for a subscription.
@@ -176,6 +176,8 @@ pub enum HostSays {
     Drain {
         /// When the host agent stops at the latest, from now.
         deadline: Duration,
+        /// A successor goes on with the sessions: do not leave, connect again and resume.
+        resumable: bool,
     },
     /// A request was refused, or the session ends.
     Error(SessionError),

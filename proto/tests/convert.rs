@@ -76,7 +76,7 @@ fn what_a_device_says_comes_back_the_same() {
             resume: Some(ResumePoint {
                 session: SessionId::new(6).unwrap(),
                 host_incarnation: Incarnation::new(7).unwrap(),
-                acked_through: None,
+                received_through: None,
             }),
             clock_id: "boot".to_owned(),
         }),
@@ -151,7 +151,7 @@ fn what_a_host_agent_says_comes_back_the_same() {
         }),
         HostSays::Notices(notices),
         HostSays::LeaseRenewed { request, lease: Duration::from_millis(50) },
-        HostSays::Drain { deadline: Duration::from_secs(1) },
+        HostSays::Drain { deadline: Duration::from_secs(1), resumable: true },
         HostSays::Error(SessionError {
             supported_versions: vec![1],
             ..SessionError::fatal(Reason::VersionUnsupported, "no version in common")

@@ -379,7 +379,10 @@ async fn a_caller_without_leave_is_refused_by_every_privileged_service() {
     let register = v1::RegisterAddressSpaceRequest::default();
     let refused = notifier.register_address_space(register).await.unwrap_err();
     assert_eq!(Reason::of_status(&refused), Some(Reason::PermissionDenied));
-    let release = v1::ReleaseAddressSpaceRequest { address_space_id: scene.space.get() };
+    let release = v1::ReleaseAddressSpaceRequest {
+        address_space_id: scene.space.get(),
+        ..v1::ReleaseAddressSpaceRequest::default()
+    };
     let refused = notifier.release_address_space(release).await.unwrap_err();
     assert_eq!(Reason::of_status(&refused), Some(Reason::PermissionDenied));
     let mut memory = v1::memory_service_client::MemoryServiceClient::new(channel);
@@ -409,7 +412,10 @@ async fn bad_requests_of_a_source_are_refused_by_reason() {
     let scene = Scene::start().await;
     let channel = scene.agent.channel("source.sock").await;
     let mut notifier = v1::notifier_service_client::NotifierServiceClient::new(channel);
-    let register = v1::RegisterAddressSpaceRequest { name: "vm".to_owned() };
+    let register = v1::RegisterAddressSpaceRequest {
+        name: "vm".to_owned(),
+        ..v1::RegisterAddressSpaceRequest::default()
+    };
     let id = notifier.register_address_space(register).await.unwrap().into_inner().address_space_id;
     let start = v1::InvalidateRangeStartRequest {
         address_space_id: id,
@@ -419,21 +425,28 @@ async fn bad_requests_of_a_source_are_refused_by_reason() {
     };
     let unaligned = v1::AddressRange { start: 1, end: 2, all: false };
     for (request, reason) in [
-        (v1::InvalidateRangeStartRequest { range: Some(unaligned), ..start }, Reason::RangeInvalid),
-        (v1::InvalidateRangeStartRequest { range: None, ..start }, Reason::FieldInvalid),
-        (v1::InvalidateRangeStartRequest { cause: 0, ..start }, Reason::FieldInvalid),
-        (v1::InvalidateRangeStartRequest { cause: -7, ..start }, Reason::FieldInvalid),
-        (v1::InvalidateRangeStartRequest { address_space_id: 0, ..start }, Reason::FieldInvalid),
-        (v1::InvalidateRangeStartRequest { address_space_id: 4711, ..start }, Reason::AddressSpaceUnknown),
+        (v1::InvalidateRangeStartRequest { range: Some(unaligned), ..start.clone() }, Reason::RangeInvalid),
+        (v1::InvalidateRangeStartRequest { range: None, ..start.clone() }, Reason::FieldInvalid),
+        (v1::InvalidateRangeStartRequest { cause: 0, ..start.clone() }, Reason::FieldInvalid),
+        (v1::InvalidateRangeStartRequest { cause: -7, ..start.clone() }, Reason::FieldInvalid),
+        (v1::InvalidateRangeStartRequest { address_space_id: 0, ..start.clone() }, Reason::FieldInvalid),
         (
-            v1::InvalidateRangeStartRequest { address_space_id: scene.space.get(), ..start },
+            v1::InvalidateRangeStartRequest { address_space_id: 4711, ..start.clone() },
+            Reason::AddressSpaceUnknown,
+        ),
+        (
+            v1::InvalidateRangeStartRequest { address_space_id: scene.space.get(), ..start.clone() },
             Reason::AddressSpaceNotOwned,
         ),
     ] {
         let refused = notifier.invalidate_range_start(request).await.unwrap_err();
         assert_eq!(Reason::of_status(&refused), Some(reason), "{refused:?}");
     }
-    let end = v1::InvalidateRangeEndRequest { address_space_id: id, seq: 77 };
+    let end = v1::InvalidateRangeEndRequest {
+        address_space_id: id,
+        seq: 77,
+        ..v1::InvalidateRangeEndRequest::default()
+    };
     let refused = notifier.invalidate_range_end(end).await.unwrap_err();
     assert_eq!(Reason::of_status(&refused), Some(Reason::RoundUnknown));
     let wait = v1::AwaitRoundRequest { address_space_id: id, seq: 77, deadline_ms: None };

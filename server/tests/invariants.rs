@@ -848,7 +848,7 @@ async fn a_source_that_loses_its_connection_does_not_open_the_gate() {
     };
     let mut arrived = 0;
     for turns in 0..12 {
-        let mut caller = notifier.clone();
+        let (mut caller, start) = (notifier.clone(), start.clone());
         let calling = tokio::spawn(async move { caller.invalidate_range_start(start).await });
         for _ in 0..turns {
             tokio::task::yield_now().await;

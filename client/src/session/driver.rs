@@ -177,7 +177,7 @@ impl Driver {
                 }
                 Ok(())
             }
-            HostSays::Drain { deadline } => {
+            HostSays::Drain { deadline, resumable: _ } => {
                 self.tell.drain.send_replace(Some(deadline));
                 Ok(())
             }

@@ -43,7 +43,10 @@ impl DeviceTlb for Idle {
 impl Link {
     pub(super) async fn open(args: &RoundsArgs) -> Result<Self, RoundsError> {
         let mut client = NotifierServiceClient::new(connect(&args.source).await?);
-        let register = v1::RegisterAddressSpaceRequest { name: "loadgen-run".to_owned() };
+        let register = v1::RegisterAddressSpaceRequest {
+            name: "loadgen-run".to_owned(),
+            ..v1::RegisterAddressSpaceRequest::default()
+        };
         let registered = client.register_address_space(register).await;
         let registered = registered.map_err(refused("RegisterAddressSpace"))?.into_inner();
         let address_space = AddressSpaceId::new(registered.address_space_id).ok_or(RoundsError::Answer)?;
@@ -101,7 +104,10 @@ impl Link {
 
     /// Ends the address space and the sessions.
     pub(super) async fn close(mut self) {
-        let release = v1::ReleaseAddressSpaceRequest { address_space_id: self.address_space.get() };
+        let release = v1::ReleaseAddressSpaceRequest {
+            address_space_id: self.address_space.get(),
+            ..v1::ReleaseAddressSpaceRequest::default()
+        };
         // The host agent may be gone: what was measured is told all the same.
         let _ = self.client.release_address_space(release).await;
         for device in self.devices {
@@ -120,7 +126,11 @@ pub(super) struct Bracket {
 
 impl Bracket {
     pub(super) async fn end(mut self) -> Result<(), RoundsError> {
-        let end = v1::InvalidateRangeEndRequest { address_space_id: self.address_space_id, seq: self.seq };
+        let end = v1::InvalidateRangeEndRequest {
+            address_space_id: self.address_space_id,
+            seq: self.seq,
+            ..v1::InvalidateRangeEndRequest::default()
+        };
         self.client.invalidate_range_end(end).await.map_err(refused("InvalidateRangeEnd"))?;
         Ok(())
     }

@@ -96,7 +96,7 @@ impl TryFrom<v1::ResumePoint> for ResumePoint {
         Ok(Self {
             session: session_id(wire.session_id, "hello.resume.session_id")?,
             host_incarnation: incarnation(wire.host_incarnation, "hello.resume.host_incarnation")?,
-            acked_through: NoticeNumber::new(wire.acked_through),
+            received_through: NoticeNumber::new(wire.received_through),
         })
     }
 }
@@ -233,7 +233,7 @@ impl From<Hello> for v1::Hello {
             resume: hello.resume.map(|resume| v1::ResumePoint {
                 session_id: resume.session.get(),
                 host_incarnation: resume.host_incarnation.get(),
-                acked_through: resume.acked_through.map_or(0, NoticeNumber::get),
+                received_through: resume.received_through.map_or(0, NoticeNumber::get),
             }),
             clock_id: hello.clock_id,
         }

@@ -45,8 +45,8 @@ impl TryFrom<v1::SessionResponse> for HostSays {
                 request: request_id(renewed.request_id, "lease_renewed.request_id")?,
                 lease: millis(renewed.lease_ms, "lease_renewed.lease_ms")?,
             }),
-            Message::Drain(v1::Drain { deadline_ms }) => {
-                Ok(Self::Drain { deadline: Duration::from_millis(deadline_ms) })
+            Message::Drain(v1::Drain { deadline_ms, resumable }) => {
+                Ok(Self::Drain { deadline: Duration::from_millis(deadline_ms), resumable })
             }
             Message::Error(error) => Ok(Self::Error(error.into())),
         }
@@ -181,7 +181,9 @@ impl From<HostSays> for v1::SessionResponse {
                 request_id: request.get(),
                 lease_ms: wire_millis(lease),
             }),
-            HostSays::Drain { deadline } => Message::Drain(v1::Drain { deadline_ms: wire_millis(deadline) }),
+            HostSays::Drain { deadline, resumable } => {
+                Message::Drain(v1::Drain { deadline_ms: wire_millis(deadline), resumable })
+            }
             HostSays::Error(error) => Message::Error(v1::Error {
                 reason: error.reason.into(),
                 message: error.message,

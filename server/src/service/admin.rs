@@ -52,6 +52,14 @@ impl AdminService for Admin {
         Ok(Response::new(v1::ListSessionsResponse { sessions, next_page_token }))
     }
 
+    async fn list_quarantine(
+        &self,
+        request: Request<v1::ListQuarantineRequest>,
+    ) -> Result<Response<v1::ListQuarantineResponse>, Status> {
+        require_leave(&request)?;
+        Err(Status::unimplemented("not yet"))
+    }
+
     async fn list_subscriptions(
         &self,
         request: Request<v1::ListSubscriptionsRequest>,

@@ -27,6 +27,16 @@ pub(crate) struct Notifiers {
 
 #[tonic::async_trait]
 impl NotifierService for Notifiers {
+    type ServeFaultsStream = tokio_stream::Empty<Result<v1::ServeFaultsResponse, Status>>;
+
+    async fn serve_faults(
+        &self,
+        request: Request<tonic::Streaming<v1::ServeFaultsRequest>>,
+    ) -> Result<Response<Self::ServeFaultsStream>, Status> {
+        require_leave(&request)?;
+        Err(Status::unimplemented("not yet"))
+    }
+
     async fn register_address_space(
         &self,
         request: Request<v1::RegisterAddressSpaceRequest>,
@@ -194,6 +204,7 @@ pub(crate) fn wire_result(result: &RoundResult) -> v1::RoundResult {
         targets: result.targets.iter().map(wire_target).collect(),
         elapsed_ns: nanos(result.times.answered.since(result.times.called)),
         dirty: result.dirty,
+        host_incarnation: 0,
     }
 }
 

@@ -311,7 +311,7 @@ impl SessionHandle {
 
     /// The host agent is about to stop.
     pub(crate) fn drain(&self, deadline: std::time::Duration) {
-        self.answer(HostSays::Drain { deadline });
+        self.answer(HostSays::Drain { deadline, resumable: false });
     }
 
     /// Whether a device that asks much and reads little must wait.

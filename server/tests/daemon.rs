@@ -149,3 +149,43 @@ async fn sigterm_drains_and_exits_0_within_its_bound() {
         soon(tokio::task::spawn_blocking(move || (daemon.0.wait().unwrap(), daemon))).await.unwrap().0;
     assert_eq!(status.code(), Some(0));
 }
+
+/// Trap 30: a monitor that took an interrupted wait for its end. `epoll_wait` returns EINTR to a process that
+/// was stopped and goes on, and to one whose handler ran.
+#[tokio::test]
+async fn signals_in_the_middle_of_rounds_lose_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let (listen, source) = (flag(folder.path(), "device.sock"), flag(folder.path(), "source.sock"));
+    let daemon = Daemon::start(&["--listen", &listen, "--source-listen", &source, "--lease", "60s"]);
+    let mut device = Device::on(connect(&folder.path().join("device.sock")).await);
+    device.hello("gpu").await;
+    let channel = connect(&folder.path().join("source.sock")).await;
+    let mut notifier = v1::notifier_service_client::NotifierServiceClient::new(channel);
+    let register = v1::RegisterAddressSpaceRequest::default();
+    let address_space_id =
+        notifier.register_address_space(register).await.unwrap().into_inner().address_space_id;
+    let range = v1::AddressRange { start: 4096, end: 8192, all: false };
+    device.try_subscribe(address_space_id, vec![range]).await.unwrap();
+    let pid = rustix::process::Pid::from_child(&daemon.0);
+    for number in 1..=50 {
+        let mut caller = notifier.clone();
+        let start = v1::InvalidatePageRequest {
+            address_space_id,
+            address: 4096,
+            cause: v1::Cause::Unmap.into(),
+            ..v1::InvalidatePageRequest::default()
+        };
+        let calling = tokio::spawn(async move { caller.invalidate_page(start).await });
+        for signal in [rustix::process::Signal::STOP, rustix::process::Signal::CONT] {
+            rustix::process::kill_process(pid, signal).unwrap();
+        }
+        assert_eq!(device.notice().await.number, number);
+        for signal in [rustix::process::Signal::STOP, rustix::process::Signal::CONT] {
+            rustix::process::kill_process(pid, signal).unwrap();
+        }
+        assert!(!calling.is_finished(), "nothing but the ack ends the round");
+        device.ack(number).await;
+        let result = soon(calling).await.unwrap().unwrap().into_inner().result.unwrap();
+        assert_eq!(result.verdict(), v1::Verdict::Quiesced);
+    }
+}

@@ -7,7 +7,7 @@ use crate::moment::Moment;
 use crate::range::AddrRange;
 
 /// When a device received a notice and when it had finished the flush, on the device's clock.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FlushTiming {
     /// When the notice reached the SDK.
     pub received: Moment,
@@ -16,7 +16,7 @@ pub struct FlushTiming {
 }
 
 /// What a flush brought back. Left out when there is nothing to tell.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct FlushReport {
     /// The notice that it belongs to.
     pub notice: NoticeNumber,
@@ -30,7 +30,7 @@ pub struct FlushReport {
 }
 
 /// Cumulative and selective acknowledgement.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Ack {
     /// Every notice up to and including this one; `None`: none yet.
     pub through: Option<NoticeNumber>,
@@ -59,7 +59,7 @@ pub struct ContiguityError {
 ///
 /// An ack names flushed notices only (AckMeansStopped), each once. In memory are the notices in
 /// flight and those flushed since the last take: both at most the session's window.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct AckTracker {
     last: Option<NoticeNumber>,
     in_flight: BTreeSet<NoticeNumber>,

@@ -34,7 +34,7 @@ const DEFAULT_DRIFT_PPM: u32 = 600;
 const DEFAULT_MARGIN: Duration = Duration::from_millis(100);
 
 /// What host and device agree on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct LeaseTerms {
     /// How long a grant of the lease lasts, before the corrections.
     pub duration: Duration,
@@ -73,7 +73,7 @@ fn drift(duration: Duration, ppm: u32) -> Duration {
 }
 
 /// The lease as the host agent counts it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct HostLease {
     terms: LeaseTerms,
     expires: Moment,
@@ -112,7 +112,7 @@ impl HostLease {
 }
 
 /// The lease as the device counts it. Without a grant it is not valid (fail closed).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct DeviceLease {
     drift_ppm: u32,
     margin: Duration,

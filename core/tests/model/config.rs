@@ -1,0 +1,289 @@
+//! What one search looks at: how many of everything, and which of the rare things happen.
+//!
+//! Each is exhausted. One search with everything in it would not end; the rules meet in pairs, and each
+//! pair that matters has a configuration.
+
+/// How much there is of everything.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Config {
+    pub(crate) name: &'static str,
+    pub(crate) devices: &'static [DeviceKind],
+    pub(crate) pages: u8,
+    pub(crate) events: u8,
+    /// The highest tick of either clock.
+    pub(crate) horizon: u8,
+    /// The most by which the clocks differ, in ticks. 0: they are one.
+    pub(crate) skew: u8,
+    pub(crate) window: usize,
+    pub(crate) max_pending: usize,
+    /// Sessions that are made in all.
+    pub(crate) sessions: u8,
+    pub(crate) heartbeats: bool,
+    pub(crate) faults: bool,
+    pub(crate) subscriptions: bool,
+    pub(crate) young: bool,
+    /// Accesses to frames by way of the host agent, which take time.
+    pub(crate) accesses: bool,
+    pub(crate) non_blockable: bool,
+    pub(crate) disconnects: u8,
+    /// Messages of a stream that is up may be lost, which gRPC does not do: the number of them.
+    pub(crate) losses: u8,
+    pub(crate) device_crashes: u8,
+    pub(crate) host_crashes: u8,
+    pub(crate) planned_restarts: u8,
+    pub(crate) pauses: u8,
+    pub(crate) deadlines: u8,
+    /// States below which it has not looked at what it is about.
+    pub(crate) floor: usize,
+    /// What must be reachable in it, so that what holds does not hold for want of anything happening.
+    pub(crate) reaches: &'static [&'static str],
+}
+
+/// What a device said of itself in its Hello, and who can fence it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceKind {
+    /// It stops when its lease ends.
+    pub(crate) enforces: bool,
+    /// A fencer is configured for it.
+    pub(crate) fencer: bool,
+}
+
+const PLAIN: DeviceKind = DeviceKind { enforces: true, fencer: false };
+const FENCEABLE: DeviceKind = DeviceKind { enforces: true, fencer: true };
+const UNLEASED: DeviceKind = DeviceKind { enforces: false, fencer: true };
+const UNSTOPPABLE: DeviceKind = DeviceKind { enforces: false, fencer: false };
+
+const NOTHING: Config = Config {
+    name: "",
+    devices: &[PLAIN],
+    pages: 1,
+    events: 1,
+    horizon: 0,
+    skew: 1,
+    window: 2,
+    max_pending: 1,
+    sessions: 1,
+    heartbeats: false,
+    faults: true,
+    subscriptions: false,
+    young: false,
+    accesses: false,
+    non_blockable: false,
+    disconnects: 0,
+    losses: 0,
+    device_crashes: 0,
+    host_crashes: 0,
+    planned_restarts: 0,
+    pauses: 0,
+    deadlines: 0,
+    floor: 0,
+    reaches: &[],
+};
+
+/// Two devices, the brackets, a caller that gives up, a source that cannot wait; time stands still.
+pub(crate) const ROUND: Config = Config {
+    name: "round",
+    devices: &[PLAIN, PLAIN],
+    events: 2,
+    sessions: 2,
+    non_blockable: true,
+    deadlines: 1,
+    floor: 10_000,
+    reaches: &["released", "quarantine released", "acked by all"],
+    ..NOTHING
+};
+
+/// A window of one notice, so that the third event finds the second pending.
+pub(crate) const MERGE: Config = Config {
+    name: "merge",
+    pages: 3,
+    events: 3,
+    window: 1,
+    faults: false,
+    disconnects: 1,
+    floor: 500,
+    reaches: &["merged", "resumed", "released"],
+    ..NOTHING
+};
+
+/// Joining and leaving between events.
+pub(crate) const JOIN: Config = Config {
+    name: "join",
+    devices: &[PLAIN, PLAIN],
+    events: 2,
+    sessions: 2,
+    subscriptions: true,
+    floor: 10_000,
+    reaches: &["released", "unsubscribed"],
+    ..NOTHING
+};
+
+/// Two clocks, heartbeats that are under way for any time, a stream that ends.
+pub(crate) const LEASE: Config = Config {
+    name: "lease",
+    horizon: 6,
+    heartbeats: true,
+    floor: 50_000,
+    reaches: &["fenced by lease", "released", "suspect", "renewed"],
+    ..NOTHING
+};
+
+/// Fencers, a device that cannot be waited out, accesses by way of the host agent.
+pub(crate) const FENCE: Config = Config {
+    name: "fence",
+    devices: &[UNLEASED],
+    horizon: 5,
+    skew: 0,
+    sessions: 2,
+    accesses: true,
+    disconnects: 1,
+    floor: 5_000,
+    reaches: &["fenced by a fencer", "quarantine released", "released"],
+    ..NOTHING
+};
+
+/// A device that nobody can stop beside one that enforces its lease.
+pub(crate) const UNSTOPPED: Config = Config {
+    name: "unstopped",
+    devices: &[UNSTOPPABLE, FENCEABLE],
+    horizon: 5,
+    skew: 0,
+    sessions: 2,
+    floor: 5_000,
+    reaches: &["fenced by lease", "fenced by a fencer", "quarantined"],
+    ..NOTHING
+};
+
+/// Streams that end at any point and are taken up again, with the young bits of what was used.
+pub(crate) const RESUME: Config = Config {
+    name: "resume",
+    events: 2,
+    sessions: 2,
+    young: true,
+    disconnects: 2,
+    floor: 5_000,
+    reaches: &["resumed", "released", "left", "acked again", "a newer frame is held"],
+    ..NOTHING
+};
+
+/// The same on running clocks: who only reconnects does not live for ever.
+pub(crate) const RECONNECT: Config = Config {
+    name: "reconnect",
+    horizon: 6,
+    skew: 0,
+    faults: false,
+    heartbeats: true,
+    disconnects: 3,
+    floor: 10_000,
+    reaches: &["resumed", "fenced by lease", "released"],
+    ..NOTHING
+};
+
+/// A stream that loses messages.
+pub(crate) const LOSS: Config = Config {
+    name: "loss",
+    pages: 2,
+    events: 2,
+    sessions: 2,
+    losses: 1,
+    floor: 3_000,
+    reaches: &["gap", "released", "left"],
+    ..NOTHING
+};
+
+/// A device agent that crashes and comes back, while its hardware goes on.
+pub(crate) const DEVICE_CRASH: Config = Config {
+    name: "device crash",
+    horizon: 5,
+    sessions: 2,
+    device_crashes: 1,
+    floor: 10_000,
+    reaches: &["new run beside the old one", "fenced by lease", "released"],
+    ..NOTHING
+};
+
+/// The host agent crashes; a device comes back, another one may crash, too.
+pub(crate) const RESTART: Config = Config {
+    name: "restart",
+    devices: &[FENCEABLE],
+    horizon: 5,
+    skew: 0,
+    sessions: 2,
+    device_crashes: 1,
+    host_crashes: 1,
+    floor: 20_000,
+    reaches: &[
+        "grace",
+        "grace over: left",
+        "grace over: lease",
+        "grace over: fencer",
+        "released after a crash",
+    ],
+    ..NOTHING
+};
+
+/// The same on two clocks: who waits for whom after a crash.
+pub(crate) const RESTART_CLOCKS: Config = Config {
+    name: "restart, two clocks",
+    horizon: 5,
+    sessions: 2,
+    host_crashes: 1,
+    floor: 10_000,
+    reaches: &["grace over: left", "grace over: lease", "released after a crash"],
+    ..NOTHING
+};
+
+/// The host agent is stopped and goes on, and may crash after that; time stands still.
+pub(crate) const PLANNED: Config = Config {
+    name: "planned restart",
+    events: 2,
+    sessions: 2,
+    planned_restarts: 1,
+    host_crashes: 1,
+    floor: 3_000,
+    reaches: &["resumed after a planned restart", "grace over: left", "released"],
+    ..NOTHING
+};
+
+/// The host agent hangs, a successor takes over, and the old one wakes.
+pub(crate) const TAKEOVER: Config = Config {
+    name: "takeover",
+    events: 2,
+    sessions: 2,
+    disconnects: 1,
+    pauses: 1,
+    floor: 10_000,
+    reaches: &["woke beside its successor", "old answer on its way", "released after a takeover"],
+    ..NOTHING
+};
+
+/// The same while time passes: who stays with the old host agent lives on its lease.
+pub(crate) const TAKEOVER_CLOCKS: Config = Config {
+    name: "takeover, clocks",
+    horizon: 4,
+    skew: 0,
+    heartbeats: true,
+    pauses: 1,
+    floor: 10_000,
+    reaches: &["woke beside its successor", "grace over: lease", "released after a takeover"],
+    ..NOTHING
+};
+
+/// Every configuration.
+pub(crate) const EVERY: [Config; 15] = [
+    ROUND,
+    MERGE,
+    JOIN,
+    LEASE,
+    FENCE,
+    UNSTOPPED,
+    RESUME,
+    RECONNECT,
+    LOSS,
+    DEVICE_CRASH,
+    RESTART,
+    RESTART_CLOCKS,
+    PLANNED,
+    TAKEOVER,
+    TAKEOVER_CLOCKS,
+];

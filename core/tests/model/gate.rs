@@ -1,0 +1,67 @@
+//! Which page is granted, and when: `core/src/gate.rs`, `server/src/session/fault.rs`.
+
+use crate::mutations::Mutation;
+use crate::state::{Down, Page, Subscription, Ticket};
+use crate::world::World;
+
+impl World<'_> {
+    /// A fault opens its ticket, and the source says which frame the page has.
+    pub(crate) fn on_fault(&mut self, device: usize, page: Page) -> Option<()> {
+        let run = self.state.devices[device].runs.last()?;
+        let (link, id) = (run.link.as_ref()?, run.session_id()?);
+        let at = self.acts(link.process)?;
+        let host = &self.state.hosts[at];
+        let session = host.session(id)?;
+        let frame = self.state.source.mapped[usize::from(page)];
+        let asks = run.tlb[usize::from(page)].is_none()
+            && !link.down.iter().any(|message| matches!(message, Down::Grant(of, _) if *of == page))
+            && !host.tickets.iter().any(|ticket| (ticket.session, ticket.page) == (id, page))
+            && !(run.flushing.iter().any(|(_, pages)| pages >> page & 1 == 1));
+        let held = host.brackets.iter().any(|&called| self.covers(called, page));
+        let may = matches!(session.subscription, Subscription::Subscribed(_)) && session.phase.has_stream();
+        if !asks
+            || !may
+            || held && !self.broken(Mutation::GrantInBracket)
+            || host.in_grace()
+            || self.state.source.registered != host.incarnation
+        {
+            return None;
+        }
+        self.state.hosts[at].tickets.push(Ticket { session: id, page, frame, spoiled: false });
+        Some(())
+    }
+
+    /// The ticket is committed and the grant put on the stream in one step.
+    pub(crate) fn commit(&mut self, process: u8, index: usize) -> Option<()> {
+        let at = self.acts(process)?;
+        if index >= self.state.hosts[at].tickets.len() {
+            return None;
+        }
+        let ticket = self.state.hosts[at].tickets.remove(index);
+        let committed = !ticket.spoiled
+            || self.broken(Mutation::GrantInBracket)
+            || self.broken(Mutation::SpoiledTicketCommitted);
+        if committed {
+            let host = &self.state.hosts[at];
+            let in_bracket = host.brackets.iter().any(|&called| self.covers(called, ticket.page));
+            let unaccounted = self.an_older_lease_may_be_used(host.incarnation);
+            self.state.ghost.granted_in_window |= in_bracket || ticket.spoiled;
+            self.state.ghost.acted_in_grace |= unaccounted;
+            self.send_down(at, ticket.session, Down::Grant(ticket.page, ticket.frame));
+        }
+        Some(())
+    }
+
+    fn covers(&self, called: u8, page: Page) -> bool {
+        // A bracket of an event that there is not lies over page 0.
+        self.state.source.events.get(usize::from(called)).map_or(page == 0, |call| call.page == page)
+    }
+
+    /// The truth that RestartGrace is about: a device that may use what an earlier incarnation granted.
+    pub(crate) fn an_older_lease_may_be_used(&self, incarnation: u8) -> bool {
+        self.state.runs().any(|(device, _, run)| {
+            run.session.as_ref().is_some_and(|joined| joined.incarnation < incarnation)
+                && self.state.can_use(self.config, device, run)
+        })
+    }
+}

@@ -1,0 +1,190 @@
+//! A model of round, lease, fence, resume and restart, every state of which is looked at.
+//!
+//! ```text
+//!   source (a process of its own)   host agents: processes, a journal     device: its runs
+//!   Start, Deadline, TakeAnswer,    rounds, brackets, tickets, sessions,  TLB, flushes in flight,
+//!   End, Register, Retry     <----> outboxes, watchdog, fencers    <----> books, lease, hardware of a
+//!                                                                         run that has crashed
+//!                 the host's clock  <- at most a tick apart ->  the devices' clock
+//! ```
+//!
+//! [`config`] has small worlds: one or two devices, up to three pages and events, leases of three ticks,
+//! and so many streams that end, crashes and pauses. In each, every order in which anything can happen is
+//! tried, and the [`properties`] hold in every state; what a configuration must be able to reach is
+//! listed with it, so that nothing holds only because nothing happens. [`mutations`] break one rule each,
+//! and for each property there is one that breaks it: a property that no wrong rule can break says nothing.
+//!
+//! # What is real
+//!
+//! Leases on both sides (`core/src/lease.rs`), rounds and how their targets are resolved
+//! (`core/src/round.rs`), the device's books (`core/src/ack.rs`), and the phases of a session are the code
+//! that ships; time is an argument there, so a tick of the model is a nanosecond to them.
+//!
+//! # What is abstract
+//!
+//! * A session of the host agent, its outbox and its answers to Hello are written again in [`host`]
+//!   and [`device`], after `core/src/session.rs`, `core/src/outbox.rs` and `server/src/session/`: the real
+//!   ones cannot be cloned and compared. A stream that is up takes what the window allows at once.
+//! * The gate (`core/src/gate.rs`) is a list of brackets and of tickets, each spoiled or not. An address
+//!   space is one; a range is a set of pages; FlushAll is the set of all that was merged.
+//! * A frame is a page and a number. It is released once, so that to use it after that is to use a page of
+//!   somebody else, and NoStaleUse asks that of everything a TLB holds, whether it is used or not.
+//! * A stream is first in, first out in each direction, for any time. When it ends, what is on its way to
+//!   the device is lost, and what is on its way to the host agent arrives or not; each end finds it out
+//!   for itself. Hello and Welcome are one step, or the Welcome is lost. A fault and the opening of its
+//!   ticket are one step, the commit is another.
+//! * A device that is stopped does nothing, which is among all that it may do. One that enforces its
+//!   lease uses nothing past it, in flight neither: that is its promise, and `client/` tests it. A run that
+//!   crashed leaves hardware that goes on until the lease ends; of a device that enforces none, for ever.
+//! * The watchdog is on time, but in a host agent that was stopped. An access to a frame by way of the host
+//!   agent ends before the host's clock moves, if a fence waits for it.
+//! * A resume point that does not fit makes no session: the device flushes everything, and connects as one
+//!   that holds nothing.
+//! * The budget of the quarantine, eviction, owners, causes, huge pages and `change_pte` are not in it. Nor are
+//!   Isolation, NoSelfWait, RangeOverApproximates and SeqCompare: they are about queues, locks and encodings.
+//!
+//! `cargo test -p shootdown-core --test model -- --nocapture` prints how many states there are, and for
+//! each mutation the shortest way to what it breaks.
+#![allow(clippy::unwrap_used, reason = "a test's helpers are tests, which clippy sees in a mod tests only")]
+#![allow(clippy::print_stdout, reason = "how many states there are, for whoever asks")]
+
+mod config;
+mod ticks;
+mod round;
+mod state;
+mod source;
+mod host;
+mod gate;
+mod restart;
+mod device;
+mod actions;
+mod world;
+mod properties;
+mod mutations;
+
+use stateright::{Checker, Model};
+
+use crate::config::Config;
+use crate::mutations::{MUTATIONS, Mutation};
+use crate::world::Shootdown;
+
+/// The machine that tests this may have two cores.
+const THREADS: usize = 2;
+
+/// Every state of a configuration is looked at: each property holds in all of them, and what should be
+/// reachable is.
+fn the_model_holds(config: Config) {
+    let checker = Shootdown::new(config, None, None).checker().threads(THREADS).spawn_bfs().join();
+    let states = checker.unique_state_count();
+    println!("{}: {states} states, the last after {} steps", config.name, checker.max_depth());
+    for (name, path) in checker.discoveries() {
+        let broken = properties::ALWAYS.iter().any(|(always, _)| *always == name);
+        assert!(!broken, "{}: {name} does not hold after {:?}", config.name, path.into_actions());
+    }
+    checker.assert_properties();
+    assert!(checker.is_done(), "{}: there are states that nobody looked at", config.name);
+    assert!(states > config.floor, "{}: only {states} states", config.name);
+}
+
+/// Each mutation that is listed for the property breaks it.
+fn mutations_break(property: &'static str) {
+    let listed: Vec<(Mutation, Config)> = MUTATIONS
+        .iter()
+        .filter(|(_, of, _)| *of == property)
+        .map(|(wrong, _, config)| (*wrong, *config))
+        .collect();
+    assert!(!listed.is_empty(), "no mutation breaks {property}");
+    for (wrong, config) in listed {
+        let model = Shootdown::new(config, Some(wrong), Some(property));
+        let checker = model.checker().threads(THREADS).spawn_bfs().join();
+        let path = checker.assert_any_discovery(property);
+        println!("{wrong:?} breaks {property} ({}): {:?}", config.name, path.into_actions());
+    }
+}
+
+macro_rules! holds {
+    ($($name:ident: $config:ident),* $(,)?) => {
+        /// One test a configuration.
+        mod the_model_holds_with {
+            $(#[test]
+            fn $name() {
+                crate::the_model_holds(crate::config::$config);
+            })*
+        }
+
+        #[test]
+        fn every_configuration_is_searched() {
+            let searched = [$(config::$config.name),*];
+            assert_eq!(config::EVERY.map(|config| config.name), searched);
+        }
+    };
+}
+
+holds! {
+    two_devices_and_a_caller_that_gives_up: ROUND,
+    a_full_window: MERGE,
+    joining_and_leaving: JOIN,
+    two_clocks: LEASE,
+    a_fencer_and_accesses_that_take_time: FENCE,
+    a_device_that_nobody_can_stop: UNSTOPPED,
+    streams_that_are_taken_up_again: RESUME,
+    a_device_that_only_reconnects: RECONNECT,
+    a_stream_that_loses_messages: LOSS,
+    a_device_agent_that_crashes: DEVICE_CRASH,
+    a_host_agent_that_crashes: RESTART,
+    a_host_agent_that_crashes_between_two_clocks: RESTART_CLOCKS,
+    a_planned_restart: PLANNED,
+    an_old_host_agent_that_wakes: TAKEOVER,
+    an_old_host_agent_that_wakes_while_time_passes: TAKEOVER_CLOCKS,
+}
+
+macro_rules! found {
+    ($($test:ident: $property:literal),* $(,)?) => {
+        /// One test a property: it can fail.
+        mod a_wrong_rule_is_found_by {
+            $(#[test]
+            fn $test() {
+                crate::mutations_break($property);
+            })*
+        }
+
+        #[test]
+        fn every_property_has_a_mutation() {
+            let tested = [$($property),*];
+            assert_eq!(properties::ALWAYS.map(|(name, _)| name), tested);
+            let unknown = MUTATIONS.iter().find(|(_, property, _)| !tested.contains(property));
+            assert!(unknown.is_none(), "{unknown:?} is listed for a property that there is not");
+        }
+    };
+}
+
+found! {
+    no_stale_use: "NoStaleUse",
+    no_free_before_quiesce: "NoFreeBeforeQuiesce",
+    ack_means_stopped: "AckMeansStopped",
+    no_grant_in_window: "NoGrantInWindow",
+    join_covers: "JoinCovers",
+    stable_targets: "StableTargets",
+    unsubscribe_barrier: "UnsubscribeBarrier",
+    pairing: "Pairing",
+    non_block_atomic: "NonBlockAtomic",
+    contiguity: "Contiguity",
+    never_drop: "NeverDrop",
+    merge_is_union: "MergeIsUnion",
+    resume_or_flush: "ResumeOrFlush",
+    timeout_is_not_ack: "TimeoutIsNotAck",
+    fence_is_positive: "FenceIsPositive",
+    fence_reaches_reuse: "FenceReachesReuse",
+    restart_grace: "RestartGrace",
+    bounded_resolution: "BoundedResolution",
+    young_is_conservative: "YoungIsConservative",
+}
+
+#[test]
+fn every_reachable_thing_is_reached_by_a_configuration() {
+    for (name, _) in properties::SOMETIMES {
+        assert!(config::EVERY.iter().any(|config| config.reaches.contains(&name)), "nobody reaches {name:?}");
+    }
+    let known = |name: &&str| properties::SOMETIMES.iter().any(|(of, _)| of == name);
+    assert!(config::EVERY.iter().all(|config| config.reaches.iter().all(known)));
+}

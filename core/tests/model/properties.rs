@@ -1,0 +1,370 @@
+//! The invariants, and what must be reachable.
+//!
+//! A property reads what is: what TLBs hold, what is on its way, what was released; two read a fact that
+//! the state forgets ([`crate::state::Ghost`]). NoStaleUse is what all the others are for.
+
+use shootdown_core::Moment;
+use shootdown_core::round::{Outcome, TargetReport};
+use shootdown_core::session::Phase;
+
+use crate::host::session_id;
+use crate::round::OpenRound;
+use crate::state::{
+    CallState, Down, Ended, Host, Running, Session, Set, State, Subscription, T_ACK, T_FENCE, Up, moment,
+    number,
+};
+use crate::world::Shootdown;
+
+type Condition = fn(&Shootdown, &State) -> bool;
+
+/// What holds in every state.
+pub(crate) const ALWAYS: [(&str, Condition); 19] = [
+    ("NoStaleUse", no_stale_use),
+    ("NoFreeBeforeQuiesce", no_free_before_quiesce),
+    ("AckMeansStopped", ack_means_stopped),
+    ("NoGrantInWindow", |_, state| !state.ghost.granted_in_window),
+    ("JoinCovers", join_covers),
+    ("StableTargets", stable_targets),
+    ("UnsubscribeBarrier", unsubscribe_barrier),
+    ("Pairing", pairing),
+    ("NonBlockAtomic", non_block_atomic),
+    ("Contiguity", contiguity),
+    ("NeverDrop", never_drop),
+    ("MergeIsUnion", merge_is_union),
+    ("ResumeOrFlush", resume_or_flush),
+    ("TimeoutIsNotAck", timeout_is_not_ack),
+    ("FenceIsPositive", fence_is_positive),
+    ("FenceReachesReuse", fence_reaches_reuse),
+    ("RestartGrace", |_, state| !state.ghost.acted_in_grace),
+    ("BoundedResolution", bounded_resolution),
+    ("YoungIsConservative", young_is_conservative),
+];
+
+/// No device can reach a frame that was released: by a translation, or by an access that has begun.
+fn no_stale_use(model: &Shootdown, state: &State) -> bool {
+    state.runs().all(|(device, _, run)| {
+        let usable = state.can_use(&model.config, device, run);
+        let held = run.tlb.iter().enumerate().filter_map(|(page, held)| Some((page as u8, (*held)?.frame)));
+        let reached = held.filter(|_| usable).chain(run.access);
+        reached.into_iter().all(|(page, frame)| !state.is_released(page, frame))
+    })
+}
+
+fn rounds(state: &State) -> impl Iterator<Item = (&Host, &OpenRound)> {
+    state.hosts.iter().flat_map(|host| host.rounds.iter().map(move |open| (host, open)))
+}
+
+/// The sessions of a host agent that a round waits for.
+fn waited_for<'a>(host: &'a Host, open: &'a OpenRound) -> impl Iterator<Item = Option<&'a Session>> {
+    open.round.0.missing().map(|target| of_target(host, target))
+}
+
+fn of_target<'a>(host: &'a Host, target: &TargetReport) -> Option<&'a Session> {
+    host.sessions.iter().find(|session| session_id(session.id) == target.session)
+}
+
+/// The rounds of this host agent that wait for this session.
+pub(crate) fn rounds_that_wait_for(host: &Host, id: u8) -> impl Iterator<Item = &OpenRound> {
+    let waits =
+        move |open: &&OpenRound| open.round.0.missing().any(|target| target.session == session_id(id));
+    host.rounds.iter().filter(waits)
+}
+
+fn no_free_before_quiesce(_: &Shootdown, state: &State) -> bool {
+    rounds(state).all(|(host, open)| {
+        let call = &state.source.events[usize::from(open.event)];
+        let freed = call.state == CallState::Released && call.incarnation == host.incarnation;
+        !freed || open.round.0.is_complete()
+    })
+}
+
+/// For each ack on its way: no TLB of its device holds what the notice took away, and nothing is on its
+/// way to be held. A newer frame may be.
+fn ack_means_stopped(_: &Shootdown, state: &State) -> bool {
+    state.hosts.iter().flat_map(|host| host.sessions.iter().map(move |session| (host, session))).all(
+        |(host, session)| {
+            session.sent.iter().all(|sent| {
+                let acked = session.up.iter().any(|up| match up {
+                    Up::Ack(ack) => {
+                        Some(number(sent.n)) <= ack.through || ack.selective.contains(&number(sent.n))
+                    }
+                    Up::Heartbeat(_) => false,
+                });
+                let open = host.rounds.iter().filter(|open| sent.events >> open.event & 1 == 1);
+                !acked || open.into_iter().all(|open| has_stopped(state, session, open.event))
+            })
+        },
+    )
+}
+
+/// Whether the session's device holds nothing of what this event took away.
+fn has_stopped(state: &State, session: &Session, called: u8) -> bool {
+    let call = &state.source.events[usize::from(called)];
+    let run = &state.devices[session.device].runs[session.run];
+    if run.session_id() != Some(session.id) {
+        return true;
+    }
+    let holds = run.tlb[usize::from(call.page)].is_some_and(|held| held.frame <= call.frame);
+    let accesses = run.access.is_some_and(|(page, frame)| page == call.page && frame <= call.frame);
+    let granted = |message: &Down| matches!(message, Down::Grant(page, frame) if *page == call.page && *frame <= call.frame);
+    let will_hold = run.link.as_ref().is_some_and(|link| link.down.iter().any(granted));
+    !holds && !accesses && !will_hold
+}
+
+/// Who subscribed is told of every event above the sequence that it read.
+fn join_covers(_: &Shootdown, state: &State) -> bool {
+    rounds(state).all(|(host, open)| {
+        host.sessions.iter().all(|session| match session.subscription {
+            Subscription::Subscribed(seq) if !session.survivor && !session.phase.is_over() => {
+                open.seq <= seq || open.targets.contains(&session.id)
+            }
+            _ => true,
+        })
+    })
+}
+
+/// The targets are those of the start, and each that is waited for is there.
+fn stable_targets(_: &Shootdown, state: &State) -> bool {
+    rounds(state).all(|(host, open)| {
+        let reports = open.round.0.reports();
+        let same = reports.len() == open.targets.len()
+            && reports.iter().zip(&open.targets).all(|(report, id)| report.session == session_id(*id));
+        same && waited_for(host, open).all(|session| session.is_some())
+    })
+}
+
+fn unsubscribe_barrier(_: &Shootdown, state: &State) -> bool {
+    state.hosts.iter().all(|host| {
+        let left = |session: &&Session| session.subscription == Subscription::Unsubscribed;
+        host.sessions.iter().filter(left).all(|session| {
+            let run = &state.devices[session.device].runs[session.run];
+            let notice = |message: &Down| matches!(message, Down::Notice { .. });
+            let linked = run.link.as_ref().filter(|_| run.session_id() == Some(session.id));
+            rounds_that_wait_for(host, session.id).next().is_none()
+                && session.pending.is_empty()
+                && (session.sent.is_empty() || session.phase.is_over())
+                && !linked.is_some_and(|link| link.down.iter().any(notice))
+        })
+    })
+}
+
+fn pairing(_: &Shootdown, state: &State) -> bool {
+    state.hosts.iter().all(|host| {
+        state.source.events.iter().enumerate().filter(|(_, call)| call.incarnation == host.incarnation).all(
+            |(called, call)| {
+                let open = host.brackets.iter().filter(|bracket| usize::from(**bracket) == called).count();
+                open == usize::from(!call.bracket_ended)
+            },
+        )
+    })
+}
+
+fn non_block_atomic(_: &Shootdown, state: &State) -> bool {
+    let there_is = |called: &u8| usize::from(*called) < state.source.events.len();
+    state.hosts.iter().all(|host| host.brackets.iter().all(there_is))
+}
+
+/// What the books say was received did arrive: all of it.
+fn contiguity(_: &Shootdown, state: &State) -> bool {
+    state.runs().all(|(_, _, run)| {
+        let last = run.session.as_ref().and_then(|joined| joined.books.last_received());
+        last.is_none_or(|last| (1..=last.get()).all(|n| run.arrived >> n & 1 == 1))
+    })
+}
+
+/// Each round that waits has a notice that is sent or will be, and that covers its page.
+fn never_drop(_: &Shootdown, state: &State) -> bool {
+    rounds(state).all(|(host, open)| {
+        let call = &state.source.events[usize::from(open.event)];
+        waited_for(host, open).flatten().all(|session| {
+            let covers =
+                |(pages, events): (Set, Set)| events >> open.event & 1 == 1 && pages >> call.page & 1 == 1;
+            session.told || notices(session).any(|(pages, events, _)| covers((pages, events)))
+        })
+    })
+}
+
+/// Pages, events and sequence of each notice that is not acked.
+fn notices(session: &Session) -> impl Iterator<Item = (Set, Set, u8)> + '_ {
+    let sent = session.sent.iter().map(|sent| (sent.pages, sent.events, sent.seq));
+    sent.chain(session.pending.iter().map(|draft| (draft.pages, draft.events, draft.seq)))
+}
+
+fn merge_is_union(_: &Shootdown, state: &State) -> bool {
+    rounds(state).all(|(host, open)| {
+        let page = state.source.events[usize::from(open.event)].page;
+        let carries = |session: &Session| {
+            notices(session)
+                .filter(|(_, events, _)| events >> open.event & 1 == 1)
+                .all(|(pages, _, seq)| pages >> page & 1 == 1 && seq >= open.seq)
+        };
+        host.sessions.iter().filter(|session| open.targets.contains(&session.id)).all(carries)
+    })
+}
+
+/// A device whose stream is up speaks to a host agent that knows its session; every notice that it has
+/// not received is on its way, in order; and all that it holds was granted in this session.
+fn resume_or_flush(model: &Shootdown, state: &State) -> bool {
+    state.runs().all(|(_, _, run)| {
+        let (Some(link), Some(joined)) = (&run.link, &run.session) else { return true };
+        let own = run.tlb.iter().flatten().all(|held| held.session == joined.id);
+        let Some(host) = state.host(link.process) else { return own };
+        let Some(session) = host.session(joined.id) else { return false };
+        let received = joined.books.last_received().map_or(0, |last| last.get());
+        let on_its_way = link.down.iter().filter_map(|message| match message {
+            Down::Notice { n, .. } => Some(u64::from(*n)),
+            _ => None,
+        });
+        let news = on_its_way.filter(|n| *n > received);
+        let complete = !session.phase.has_stream()
+            || model.config.losses > 0
+            || news.eq(received + 1..=u64::from(session.last_sent));
+        own && host.incarnation == joined.incarnation && complete && received <= u64::from(session.last_sent)
+    })
+}
+
+/// A target that counts as acked has stopped.
+fn timeout_is_not_ack(_: &Shootdown, state: &State) -> bool {
+    rounds(state).all(|(host, open)| {
+        let acked = |report: &&TargetReport| report.outcome == Outcome::Acked;
+        open.round.0.reports().iter().filter(acked).all(|report| {
+            of_target(host, report).is_none_or(|session| has_stopped(state, session, open.event))
+        })
+    })
+}
+
+/// A device whose session is fenced reaches nothing by that session.
+fn fence_is_positive(model: &Shootdown, state: &State) -> bool {
+    state.hosts.iter().flat_map(|host| &host.sessions).filter(|session| session.phase == Phase::Fenced).all(
+        |session| {
+            let run = &state.devices[session.device].runs[session.run];
+            run.session_id() != Some(session.id) || !state.can_use(&model.config, session.device, run)
+        },
+    )
+}
+
+/// A round hears of a fence when no access of the fenced session is going on.
+fn fence_reaches_reuse(_: &Shootdown, state: &State) -> bool {
+    rounds(state).all(|(host, open)| {
+        let fenced = |report: &&TargetReport| report.outcome == Outcome::Fenced;
+        open.round.0.reports().iter().filter(fenced).all(|report| {
+            of_target(host, report).is_none_or(|session| {
+                let run = &state.devices[session.device].runs[session.run];
+                run.session_id() != Some(session.id) || run.access.is_none()
+            })
+        })
+    })
+}
+
+/// No caller waits for longer than T_ack and T_fence after its notice was first sent, or after its round
+/// was opened where it was not. A host agent that was stopped is late, whatever it does.
+fn bounded_resolution(model: &Shootdown, state: &State) -> bool {
+    let late =
+        |since: Moment| moment(state.host_clock) > since + (moment(T_ACK + T_FENCE).since(Moment::ZERO));
+    model.config.pauses > 0
+        || rounds(state).all(|(host, open)| {
+            let call = &state.source.events[usize::from(open.event)];
+            let waits = call.state == CallState::Waiting && call.incarnation == host.incarnation;
+            !waits
+                || waited_for(host, open)
+                    .flatten()
+                    .all(|session| !late(session.sent_at(open.event).map_or(open.round.0.opened(), moment)))
+        })
+}
+
+/// A page that was used is not said to be old.
+fn young_is_conservative(model: &Shootdown, state: &State) -> bool {
+    !model.config.young
+        || rounds(state).all(|(_, open)| {
+            let call = &state.source.events[usize::from(open.event)];
+            !open.round.0.is_complete() || !call.used || open.round.0.young()
+        })
+}
+
+/// What a configuration must be able to reach.
+pub(crate) const SOMETIMES: [(&str, Condition); 25] = [
+    ("released", |_, state| calls(state, CallState::Released)),
+    ("quarantined", |_, state| calls(state, CallState::Parked)),
+    ("quarantine released", |_, state| {
+        state.source.events.iter().any(|call| call.was_parked && call.state == CallState::Released)
+    }),
+    ("acked by all", |_, state| {
+        rounds(state).any(|(_, open)| {
+            let reports = open.round.0.reports();
+            reports.len() > 1 && reports.iter().all(|report| report.outcome == Outcome::Acked)
+        })
+    }),
+    ("merged", |_, state| {
+        sessions(state).any(|session| session.sent.iter().any(|sent| sent.events.count_ones() > 1))
+    }),
+    ("unsubscribed", |_, state| {
+        sessions(state).any(|session| session.subscription == Subscription::Unsubscribed)
+    }),
+    ("suspect", |_, state| sessions(state).any(|session| session.phase == Phase::Suspect)),
+    ("fenced by lease", |_, state| ended(state, Ended::LeaseExpired)),
+    ("fenced by a fencer", |_, state| ended(state, Ended::FencerConfirmed)),
+    ("left", |_, state| ended(state, Ended::Left)),
+    ("resumed", |_, state| sessions(state).any(|session| session.resumed)),
+    ("resumed after a planned restart", |_, state| {
+        let planned = state.hosts.iter().filter(|host| host.planned);
+        planned.into_iter().any(|host| host.sessions.iter().any(|session| session.resumed))
+    }),
+    ("acked again", |_, state| sessions(state).any(acked_again)),
+    ("gap", |_, state| state.runs().any(|(_, _, run)| run.must_flush)),
+    ("new run beside the old one", |_, state| {
+        let new_runs = state.devices.iter().filter(|device| device.runs.len() > 1);
+        new_runs.into_iter().any(|device| device.runs.last().is_some_and(|run| run.link.is_some()))
+            && sessions(state).any(|session| session.run == 0 && !session.phase.is_over())
+    }),
+    ("grace", |_, state| state.hosts.iter().any(Host::in_grace)),
+    ("grace over: left", |_, state| grace_over(state, Ended::Left)),
+    ("grace over: lease", |_, state| grace_over(state, Ended::LeaseExpired)),
+    ("grace over: fencer", |_, state| grace_over(state, Ended::FencerConfirmed)),
+    ("released after a crash", |_, state| state.spent.host_crashes > 0 && released_by_a_successor(state)),
+    ("released after a takeover", |_, state| state.spent.pauses > 0 && released_by_a_successor(state)),
+    ("woke beside its successor", |_, state| {
+        state.hosts.len() > 1 && state.hosts.iter().all(|host| host.running == Running::Yes)
+    }),
+    ("old answer on its way", |_, state| {
+        let old = |answer: u8| answer < state.source.registered;
+        state.source.events.iter().any(|call| call.answer.is_some_and(old))
+    }),
+    ("a newer frame is held", |_, state| {
+        state.runs().any(|(_, _, run)| run.tlb.iter().flatten().any(|held| held.frame > 0))
+    }),
+    ("renewed", |_, state| {
+        let first = moment(T_FENCE);
+        sessions(state).any(|session| session.lease.expires() > first)
+    }),
+];
+
+fn sessions(state: &State) -> impl Iterator<Item = &Session> {
+    state.hosts.iter().flat_map(|host| &host.sessions)
+}
+
+fn calls(state: &State, in_state: CallState) -> bool {
+    state.source.events.iter().any(|call| call.state == in_state)
+}
+
+fn ended(state: &State, how: Ended) -> bool {
+    sessions(state).any(|session| session.ended == Some(how) && session.told)
+}
+
+fn grace_over(state: &State, how: Ended) -> bool {
+    let over = state.hosts.iter().filter(|host| !host.in_grace());
+    over.into_iter()
+        .any(|host| host.sessions.iter().any(|session| session.survivor && session.ended == Some(how)))
+}
+
+fn released_by_a_successor(state: &State) -> bool {
+    state.source.events.iter().any(|call| call.state == CallState::Released && call.incarnation > 1)
+}
+
+/// An ack is on its way that names a notice which was acked before.
+fn acked_again(session: &Session) -> bool {
+    let known = |n: u64| session.sent.iter().any(|sent| u64::from(sent.n) == n);
+    session.up.iter().any(|up| match up {
+        Up::Ack(ack) => ack.selective.iter().any(|n| !known(n.get())),
+        Up::Heartbeat(_) => false,
+    })
+}

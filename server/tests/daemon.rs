@@ -189,3 +189,42 @@ async fn signals_in_the_middle_of_rounds_lose_none() {
         assert_eq!(result.verdict(), v1::Verdict::Quiesced);
     }
 }
+
+/// The words of the command in a section of a document, without the program's.
+fn command_in(document: &str, section: &str) -> Vec<String> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(document);
+    let text = std::fs::read_to_string(file).unwrap();
+    let block = text.split_once(section).unwrap().1.split_once("```sh\n").unwrap().1;
+    let block = block.split_once("```").unwrap().0.replace("\\\n", " ");
+    let mut words = block.split_whitespace().map(str::to_owned);
+    assert_eq!(words.next().as_deref(), Some("shootdownd"));
+    words.collect()
+}
+
+/// Its paths and its port are the machine's; in the test they are the test's own.
+#[tokio::test]
+async fn the_command_that_the_document_of_the_memory_source_shows_starts_a_daemon_that_swaps() {
+    let folder = tempfile::tempdir().unwrap();
+    let (swap, source) = (folder.path().join("swap"), folder.path().join("source"));
+    std::fs::write(&swap, "pages of address spaces that are gone").unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let tcp = format!("127.0.0.1:{port}");
+    let shown = [
+        ("127.0.0.1:7400", tcp.clone()),
+        ("unix:/run/shootdown/source", format!("unix:{}", source.display())),
+        ("/var/lib/shootdown/swap", swap.display().to_string()),
+    ];
+    let mut words = command_in("memory-source.md", "## Use it");
+    for (theirs, ours) in shown {
+        let word = words.iter_mut().find(|word| *word == theirs);
+        *word.unwrap_or_else(|| panic!("the command has no {theirs}")) = ours;
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let _daemon = Daemon::start(&words);
+    assert_eq!(std::fs::metadata(&swap).unwrap().len(), 0, "the swap file is emptied at the start");
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{tcp}")).unwrap();
+    let mut device = Device::on(soon(endpoint.connect()).await.unwrap());
+    device.hello("reader").await;
+    device.settled().await;
+    connect(&source).await;
+}

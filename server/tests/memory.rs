@@ -15,6 +15,8 @@ mod migrate;
 mod exit;
 #[path = "memory/file.rs"]
 mod file;
+#[path = "memory/placeholder.rs"]
+mod placeholder;
 #[path = "memory/writeback.rs"]
 mod writeback;
 #[path = "memory/truncate.rs"]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use shootdown_core::{Access, AddressSpaceId, Cause};
 use shootdown_server::source::memory::{
-    CopiedPage, FrameError, FrameStore, MemoryError, POISON, StoreBranch,
+    CopiedPage, FrameError, FrameStore, MemoryError, MemoryEvents, POISON, StoreBranch,
 };
 use shootdown_server::source::{FaultError, Translate};
 
@@ -31,6 +31,7 @@ async fn the_reuse_branch_neither_notifies_nor_frees() {
     assert_eq!(recorder.methods(), []);
     assert_eq!((source.generation(parent, 0), source.stats().frames_in_use), (before, 1));
     assert!(matches!(branch(&put(&source, parent, 0, 3).await), StoreBranch::InPlace));
+    assert_eq!(source.events(), MemoryEvents { reused: 1, ..MemoryEvents::default() });
 }
 
 #[tokio::test]
@@ -102,6 +103,7 @@ async fn a_lost_race_releases_nothing_twice() {
     assert!(matches!(branches[..], [StoreBranch::Copied(_), StoreBranch::LostRace]), "{branches:?}");
     assert_eq!(recorder.methods(), [Method::Page(Cause::Clear)], "the loser tells nobody");
     assert_eq!(source.stats().frames_in_use, 2);
+    assert_eq!(source.events(), MemoryEvents { copied: 1, lost_races: 1, ..MemoryEvents::default() });
     assert_eq!(get(&source, child, 0).await, 1);
     source.exit(child).await.unwrap();
     source.exit(parent).await.unwrap();

@@ -132,3 +132,34 @@ async fn a_write_protection_that_was_refused_does_not_make_a_page_writable_that_
     assert!(matches!(branch(&put(&source, kept, 3, 9).await), StoreBranch::InPlace));
     end(&source, &recorder, [kept, gone, child]).await;
 }
+
+#[tokio::test]
+async fn a_write_protection_that_was_refused_is_undone_in_a_mapping_that_is_leaving_and_stays_after_all() {
+    let (source, recorder, kept, gone) = twins().await;
+    let device = recorder.grant(gone, 3 * PAGE, Access::Write).await.unwrap();
+    let refused = [Answer::HeldNotQuiesced, Answer::HeldNotQuiesced, Answer::HeldLongerNotQuiesced];
+    recorder.answer(refused);
+    let merge = start(&source);
+    until(|| recorder.calls().len() == 2).await;
+    let unmapping = tokio::spawn({
+        let source = source.clone();
+        async move { source.unmap(gone, pages(0, 8)).await }
+    });
+    until(|| recorder.calls().len() == 3).await;
+    recorder.open_gate();
+    assert!(matches!(merge.await.unwrap(), Err(MemoryError::NotQuiesced { .. })));
+    recorder.open_last_gate();
+    assert!(matches!(unmapping.await.unwrap(), Err(MemoryError::NotQuiesced { .. })));
+    // The device may write still, so the entry must say so, or whoever wants it read-only tells nobody.
+    recorder.forget_calls();
+    recorder.meanwhile(move |recorder, method, space, _| {
+        if method == Method::Page(Cause::Clear) && space == gone {
+            recorder.frames().write(device.frame, 0, b"!").unwrap();
+        }
+    });
+    assert_eq!(source.merge(100).await.unwrap().looked_at, 0, "the pass before ended here");
+    assert_eq!(source.merge(100).await.unwrap().merged, 0, "the device wrote to it");
+    assert_eq!(recorder.methods(), [Method::Page(Cause::Clear); 2], "both were asked to stop");
+    assert!(matches!(branch(&put(&source, gone, 3, 8).await), StoreBranch::Reuse), "it is read-only by now");
+    end(&source, &recorder, [kept, gone]).await;
+}

@@ -61,6 +61,8 @@ pub(crate) enum Answer {
     HeldLonger,
     NotQuiesced,
     HeldNotQuiesced,
+    /// Not quiesced, once the test opens the last gate too.
+    HeldLongerNotQuiesced,
     Refused,
 }
 
@@ -338,7 +340,7 @@ impl Recorder {
         }
         let opened = match answer {
             Answer::Held | Answer::HeldNotQuiesced => Gate::Open,
-            Answer::HeldLonger => Gate::Wide,
+            Answer::HeldLonger | Answer::HeldLongerNotQuiesced => Gate::Wide,
             Answer::Quiesced | Answer::NotQuiesced | Answer::Refused => Gate::Shut,
         };
         self.gate.subscribe().wait_for(|gate| *gate >= opened).await.unwrap();

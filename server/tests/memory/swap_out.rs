@@ -6,7 +6,7 @@ use std::sync::Arc;
 use shootdown_core::{Access, Cause};
 use shootdown_server::source::Translate;
 use shootdown_server::source::memory::{
-    FrameStore, MemoryError, POISON, PagedOut, SwapError, SwapFile, Twin,
+    FrameStore, MemoryError, MemoryEvents, POISON, PagedOut, SwapError, SwapFile, Twin,
 };
 
 use crate::cancel::poll_and_drop;
@@ -69,6 +69,7 @@ async fn the_entry_is_gone_before_devices_are_told_and_the_frame_lives_until_the
 
     assert_eq!(source.load(space, 0, 9).await.unwrap()[..], [1, 1, 1, 1, 1, 1, 1, 1, 0]);
     assert_eq!((swap.in_use(), source.stats().mapped_pages), (0, 1), "the slot is free again");
+    assert_eq!(source.events(), MemoryEvents { swapped_in: 1, ..MemoryEvents::default() });
     assert_eq!(recorder.methods().len(), 1, "nobody is told of a page that comes back");
     nothing_is_left(&source, &recorder).await;
 }
@@ -262,7 +263,20 @@ async fn a_page_that_is_locked_anywhere_stays_and_nobody_is_told() {
         "SWAP_FAIL tells nobody"
     );
     assert_eq!((get(&source, parent, 0).await, get(&source, child, 0).await), (1, 1));
+    assert_eq!(source.events(), MemoryEvents { unmaps_failed: 1, ..MemoryEvents::default() });
     nothing_is_left(&source, &recorder).await;
+}
+
+#[tokio::test]
+async fn a_page_that_a_snapshot_shows_too_is_busy_and_nobody_is_told() {
+    let (source, recorder, _swap) = swapping(8, 8, 8);
+    let space = mapped(&source, pages(0, 1));
+    put(&source, space, 0, 1).await;
+    let _picture = source.snapshot(space).await.unwrap();
+    recorder.forget_calls();
+    assert_eq!(source.page_out(space, pages(0, 1)).await.unwrap(), PagedOut { out: 0, kept: 1 });
+    assert_eq!(recorder.methods(), [], "SWAP_AGAIN tells nobody");
+    assert_eq!(source.events(), MemoryEvents { unmaps_busy: 1, ..MemoryEvents::default() });
 }
 
 #[tokio::test]

@@ -54,6 +54,7 @@ pub(super) async fn do_wp_page<N: Notifier>(
     // Where the kernel may sleep until it has memory for the copy.
     tokio::task::yield_now().await;
     if !replacement.install() {
+        space.pool.count(|events| events.lost_races += 1);
         return Ok(Broken::LostRace);
     }
     let (wait, cause) = (Wait::ForTargets, Cause::Clear);
@@ -62,6 +63,7 @@ pub(super) async fn do_wp_page<N: Notifier>(
     let proof = Quiesced::judge(page, &round)?;
     let old_generation = replacement.old.generation();
     let freed = replacement.settle(&proof);
+    space.pool.count(|events| events.copied += 1);
     let release = (freed > 0).then(|| (inner.config.now)().since(round.times.answered));
     Ok(Broken::Copied(CopiedPage { old_generation, round, release }))
 }

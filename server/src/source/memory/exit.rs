@@ -59,8 +59,8 @@ pub(super) async fn exit<N: Notifier>(
     let mut tally = gather.tally();
     tally.frames += space.free_quarantine(&proof);
     let freed = (inner.config.now)();
-    free_pgtables(space, &leaving).await;
+    let tables = free_pgtables(space, &leaving).await;
     space.changed.notify_waiters();
     inner.spaces.write().remove(&space.id);
-    Ok(Released::new(tally, round, freed))
+    Ok(Released { tables, ..Released::new(tally, round, freed) })
 }

@@ -110,6 +110,7 @@ impl AddressSpace {
             // The frame stays: what devices hold stays right, so nobody is told.
             entry.allows = Access::Write;
             branch = StoreBranch::Reuse;
+            self.pool.count(|events| events.reused += 1);
         }
         entry.mark(access);
         Ok(Touch::Done(branch, act(entry.frame.number())?))

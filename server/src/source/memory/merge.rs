@@ -212,3 +212,29 @@ async fn cmp_and_merge_page<N: Notifier>(inner: &Inner<N>, page: Isolated) -> Re
     }
     Ok(merged)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_merged_page_is_known_by_what_it_holds_now_and_by_nothing_else() {
+        let frames = FrameStore::new(3).unwrap();
+        let taken = [(); 3].map(|()| frames.take_zeroed().unwrap());
+        let [kept, other, third] = [0, 1, 2].map(|index: usize| taken[index].life());
+        let mut scan = Scan::default();
+        assert_eq!(scan.partner(70, kept), None, "it is met alone");
+        assert_eq!(scan.partner(70, other), Some(kept));
+        scan.merged(70, kept);
+        // The other place has gone, it was written in place, and is equal to a third one now.
+        assert_eq!(scan.partner(80, kept), None);
+        assert_eq!(scan.partner(80, third), Some(kept));
+        scan.merged(80, kept);
+        assert_eq!((scan.stable.len(), scan.unstable.len()), (1, 0));
+        assert_eq!(scan.partner(70, other), None, "nobody holds what it held");
+        assert_eq!(scan.partner(80, other), Some(kept));
+        frames.put(taken);
+        scan.begin_again(&frames);
+        assert!(scan.stable.is_empty(), "its frame was freed");
+    }
+}

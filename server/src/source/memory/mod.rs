@@ -90,7 +90,8 @@ pub use self::file::MemoryFile;
 pub use self::frame::{FrameError, FrameStore, POISON};
 pub use self::merge::Merged;
 pub use self::outcome::{
-    AddressSpaceStats, CopiedPage, MemoryStats, Migrated, Released, StoreBranch, StoreOutcome, StoredPage,
+    AddressSpaceStats, CopiedPage, MemoryEvents, MemoryStats, Migrated, Released, StoreBranch, StoreOutcome,
+    StoredPage,
 };
 pub use self::reclaim::{Aged, PagedOut, Reclaimed};
 pub use self::snapshot::Snapshot;
@@ -380,6 +381,12 @@ impl<N: Notifier> MemorySource<N> {
         let Counts { active, inactive, isolated } = self.inner.pool.lru.counts();
         (stats.active, stats.inactive, stats.isolated) = (active, inactive, isolated);
         stats
+    }
+
+    /// How often each branch was taken so far.
+    #[must_use]
+    pub fn events(&self) -> MemoryEvents {
+        self.inner.pool.events()
     }
 
     /// The address spaces that there are, in the order of their making.

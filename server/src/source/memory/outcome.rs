@@ -56,6 +56,8 @@ pub struct Released {
     pub frames: usize,
     /// Blocks in which they were gathered.
     pub blocks: usize,
+    /// Page tables that were freed afterwards.
+    pub tables: usize,
     /// The rounds that had to end first; none where nothing was mapped.
     pub rounds: Vec<RoundResult>,
     /// From the last round's answer until the last frame was freed.
@@ -98,6 +100,25 @@ pub struct MemoryStats {
     pub inactive: usize,
     /// Pages on neither, because an operation has them to itself.
     pub isolated: usize,
+}
+
+/// How often a branch was taken since the source was made, of all address spaces, by the CPU and on devices'
+/// behalf (`/proc/vmstat`). None of them ever falls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryEvents {
+    /// Pages that were write-protected, not shared any more, and made writable in place (`do_wp_page`).
+    pub reused: u64,
+    /// Shared pages that were copied, their devices told.
+    pub copied: u64,
+    /// Copies that came too late, because another writer had made his.
+    pub lost_races: u64,
+    /// Pages that came back from the swap file (`pswpin`).
+    pub swapped_in: u64,
+    /// Pages that stayed where they were because one of those who map them has locked them in memory
+    /// (`SWAP_FAIL`): nobody was told.
+    pub unmaps_failed: u64,
+    /// Pages that stayed where they were because something else held them (`SWAP_AGAIN`): nobody was told.
+    pub unmaps_busy: u64,
 }
 
 /// What one address space holds.

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use super::frame::{FrameError, FrameRef, FrameStore};
 use super::gather::Quiesced;
 use super::lru::Lru;
+use super::outcome::MemoryEvents;
 use super::swap::{SwapError, SwapFile, SwapRef};
 
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub(super) struct Pool {
     pub(super) lru: Arc<Lru>,
     swap: Option<Arc<SwapFile>>,
     last_ticket: Mutex<u64>,
+    /// Taken last, for an addition.
+    events: Mutex<MemoryEvents>,
     /// The most frames that are used for pages; the store may have more.
     pub(super) limit: usize,
 }
@@ -23,7 +26,7 @@ pub(super) struct Pool {
 impl Pool {
     pub(super) fn new(frames: Arc<FrameStore>, swap: Option<Arc<SwapFile>>, limit: usize) -> Arc<Self> {
         let (lru, limit) = (Lru::new(Arc::clone(&frames)), limit.min(frames.capacity()));
-        Arc::new(Self { frames, lru, swap, last_ticket: Mutex::new(0), limit })
+        Arc::new(Self { frames, lru, swap, last_ticket: Mutex::new(0), events: Mutex::default(), limit })
     }
 
     pub(super) fn swap(&self) -> Result<&SwapFile, SwapError> {
@@ -35,6 +38,15 @@ impl Pool {
         let mut last = self.last_ticket.lock();
         *last += 1;
         *last
+    }
+
+    /// Counts a branch that was taken (`count_vm_event`).
+    pub(super) fn count(&self, count: impl FnOnce(&mut MemoryEvents)) {
+        count(&mut self.events.lock());
+    }
+
+    pub(super) fn events(&self) -> MemoryEvents {
+        *self.events.lock()
     }
 
     /// Gives references back that devices may have used: every one has stopped. How many frames were freed.

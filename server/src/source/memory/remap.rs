@@ -121,7 +121,7 @@ async fn mremap<N: Notifier>(
     gather.flush(&proof);
     let freed = (inner.config.now)();
     // Its page tables stay, for the place is reserved.
-    free_pgtables(space, &leaving.new).await;
+    let mut tables = free_pgtables(space, &leaving.new).await;
 
     let files = files_of(&space.layout.read().vmas, old);
     let mut moving = Vec::with_capacity(files.len());
@@ -132,12 +132,12 @@ async fn mremap<N: Notifier>(
     way.relink(&mut space.layout.write().vmas, &leaving.old);
     drop(moving);
     for part in &leaving.old {
-        free_tables(space, &space.layout.write(), *part);
+        tables += free_tables(space, &space.layout.write(), *part);
         tokio::task::yield_now().await;
     }
     at_old.close();
     at_new.close();
-    let mut released = Released::new(gather.tally(), round_of_old, freed);
+    let mut released = Released { tables, ..Released::new(gather.tally(), round_of_old, freed) };
     released.rounds.insert(0, round_of_new);
     Ok(released)
 }

@@ -77,6 +77,17 @@ pub(super) struct WasEntry {
     pub(super) dirty: bool,
 }
 
+impl Kept {
+    fn counted(self, pool: &Pool) -> Self {
+        pool.count(|events| match self {
+            Self::Locked => events.unmaps_failed += 1,
+            Self::Busy => events.unmaps_busy += 1,
+            Self::Refused(_) => {}
+        });
+        self
+    }
+}
+
 impl AddressSpace {
     /// The first page from `first` to `last` that is present, for its holder alone; none where another holds
     /// it.
@@ -117,12 +128,12 @@ pub(super) async fn try_to_unmap<'a, N: Notifier>(
         match take(&user.space, address, page.life(), ticket, locked) {
             Ok(Found::Taken) => takings.taken.push(Taken { user, address, ticket }),
             Ok(Found::Elsewhere) => {}
-            Err(kept) => return Err((page, kept)),
+            Err(kept) => return Err((page, kept.counted(pool))),
         }
     }
     let expected = page.own_references() + u32::try_from(takings.taken.len()).unwrap_or(u32::MAX);
     if pool.frames.references(page.pin()) != expected {
-        return Err((page, Kept::Busy));
+        return Err((page, Kept::Busy.counted(pool)));
     }
     match tell(inner, &takings.taken, cause).await {
         Ok(proof) => Ok(Unmapped { pool, page, takings, proof }),

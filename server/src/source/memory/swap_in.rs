@@ -53,6 +53,7 @@ pub(super) fn do_swap_page<N: Notifier>(
                     pool.put_slot(there);
                 }
                 pool.lru.add(life, vma.owner_of(page), List::Active);
+                pool.count(|events| events.swapped_in += 1);
             }
             // It was brought in, or zapped, meanwhile. No device has seen this frame.
             _ => drop(pool.frames.put([frame])),

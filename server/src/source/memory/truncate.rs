@@ -189,6 +189,7 @@ impl Released {
         self.pages += more.pages;
         self.frames += more.frames;
         self.blocks += more.blocks;
+        self.tables += more.tables;
         self.rounds.extend(more.rounds);
         self.release += more.release;
     }

@@ -35,10 +35,7 @@ pub(super) async fn unmap<N: Notifier>(
         return Ok(Released::default());
     }
     match unmap_vmas(inner, space, range, &leaving, Cause::Unmap).await {
-        Ok(released) => {
-            free_pgtables(space, &leaving).await;
-            Ok(released)
-        }
+        Ok(released) => Ok(Released { tables: free_pgtables(space, &leaving).await, ..released }),
         Err(error) => {
             // It failed at the start of the bracket: no entry was cleared.
             space.layout.write().vmas.restore(&leaving);
@@ -47,26 +44,32 @@ pub(super) async fn unmap<N: Notifier>(
     }
 }
 
-/// `free_pgtables`: VMA by VMA, after each is unlinked.
-pub(super) async fn free_pgtables(space: &AddressSpace, leaving: &[AddrRange]) {
+/// `free_pgtables`: VMA by VMA, after each is unlinked. How many tables were freed.
+pub(super) async fn free_pgtables(space: &AddressSpace, leaving: &[AddrRange]) -> usize {
+    let mut freed = 0;
     for range in leaving {
         {
             let mut layout = space.layout.write();
             layout.vmas.unlink(*range);
-            free_tables(space, &layout, *range);
+            freed += free_tables(space, &layout, *range);
         }
         tokio::task::yield_now().await;
     }
+    freed
 }
 
-/// `free_pgd_range`: the tables over `range` that nobody needs any more. The layout is locked for writing.
-pub(super) fn free_tables(space: &AddressSpace, layout: &Layout, range: AddrRange) {
+/// `free_pgd_range`: the tables over `range` that nobody needs any more; how many. The layout is locked for
+/// writing: every walk of a table holds it for reading, so none is in one that goes.
+pub(super) fn free_tables(space: &AddressSpace, layout: &Layout, range: AddrRange) -> usize {
+    let mut freed = 0;
     let mut left = Some(range);
     while let Some((part, _)) = left.and_then(|range| space.tables.first_in(range)) {
         // It has a floor and a ceiling: a table that a neighbour uses too stays.
         if !layout.vmas.has_use_for(table_span(part.start())) {
             space.tables.free(part);
+            freed += 1;
         }
         left = rest_after(range, part);
     }
+    freed
 }

@@ -116,6 +116,6 @@ impl Released {
     pub(super) fn new(tally: Tally, round: RoundResult, freed: Moment) -> Self {
         let release = freed.since(round.times.answered);
         let Tally { pages, frames, blocks } = tally;
-        Self { pages, frames, blocks, rounds: vec![round], release }
+        Self { pages, frames, blocks, tables: 0, rounds: vec![round], release }
     }
 }

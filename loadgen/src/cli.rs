@@ -36,7 +36,7 @@ pub enum Command {
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// The checker alone: no latencies, and the command that repeats the run
+    /// The checker alone: no latencies
     Check {
         /// What is run.
         #[command(flatten)]
@@ -70,6 +70,9 @@ pub struct Load {
     /// How long, in seconds
     #[arg(long, default_value_t = 20.0, value_parser = seconds)]
     pub seconds: f64,
+    /// How much longer, at most, until every path has shown something
+    #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
+    pub patience: Duration,
     /// Device agents
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub devices: u16,
@@ -212,6 +215,10 @@ impl Load {
             self.flush_time,
             paths.join(","),
         );
+        if !self.patience.is_zero() {
+            command.push_str(" --patience ");
+            command.push_str(&humantime::format_duration(self.patience).to_string());
+        }
         if let Some(slow) = &self.slow_flush_time {
             command.push_str(" --slow-flush-time ");
             command.push_str(slow);

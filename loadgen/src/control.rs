@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use shootdown_server::source::memory::MemoryEvents;
 use tokio::sync::mpsc;
 
 use crate::check::floor::{FloorError, FloorFile};
@@ -176,6 +177,8 @@ pub enum FromAgent {
         done: u64,
         /// Stale reads, lost writes, lost young bits.
         wrong: u64,
+        /// Paths of which there was something to see: operations and rounds on the host, reads on a device.
+        shown: Vec<Path>,
     },
     /// Last, from the host agent.
     HostReport(Box<HostReport>),
@@ -192,6 +195,50 @@ pub struct PathTally {
     pub rounds: u64,
     /// Notices: the targets of those rounds.
     pub notices: u64,
+    /// How often `test_young` was asked, which waits for nobody.
+    pub asked_young: u64,
+    /// How often the answer was yes.
+    pub young: u64,
+}
+
+impl PathTally {
+    /// Whether the host's side of the path has shown something.
+    #[must_use]
+    pub const fn shows(&self, path: Path) -> bool {
+        self.operations > 0
+            && (!path.has_rounds() || self.rounds > 0 && self.notices > 0)
+            && (!path.asks_young() || self.asked_young > 0)
+    }
+}
+
+/// How often a branch of the memory source was taken, by the CPU and on devices' behalf.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Branches {
+    /// Copy on write that copied nothing: the page was shared no more.
+    pub cow_reuse: u64,
+    /// Copy on write that copied.
+    pub cow_copy: u64,
+    /// Copy on write that came too late.
+    pub cow_lost_race: u64,
+    /// Pages that came back from the swap file.
+    pub swap_in: u64,
+    /// Pages that were not taken because they are locked in memory (`SWAP_FAIL`).
+    pub swap_fail: u64,
+    /// Pages that were not taken because something else held them (`SWAP_AGAIN`).
+    pub swap_again: u64,
+}
+
+impl From<MemoryEvents> for Branches {
+    fn from(events: MemoryEvents) -> Self {
+        Self {
+            cow_reuse: events.reused,
+            cow_copy: events.copied,
+            cow_lost_race: events.lost_races,
+            swap_in: events.swapped_in,
+            swap_fail: events.unmaps_failed,
+            swap_again: events.unmaps_busy,
+        }
+    }
 }
 
 /// What the host agent saw.
@@ -199,6 +246,12 @@ pub struct PathTally {
 pub struct HostReport {
     /// By [`Path::index`].
     pub paths: Vec<PathTally>,
+    /// Page tables that munmap and exit have freed.
+    pub tables_freed: u64,
+    /// What the memory source did inside of them.
+    pub branches: Branches,
+    /// Pages that became a huge one though `test_young` said no, or did not though it said yes.
+    pub against_young: u64,
     /// Latencies, in the order of the stages.
     pub stages: Vec<StageSummary>,
     /// Loads by the CPU, all of them checked.

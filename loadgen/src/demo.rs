@@ -7,15 +7,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use shootdown_client::Clock;
 
 use crate::cli::{Load, Output};
-use crate::fleet::{FleetError, Progress, Workspace, conduct};
+use crate::fleet::{FleetError, Length, Progress, Workspace, conduct};
 use crate::report::{self, Outcome};
 
 /// What is told of a run, and while it runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Detail {
-    /// Progress, latencies by stage, and the verdict.
+    /// Progress and latencies by stage besides.
     Full,
-    /// The verdict, and the command that repeats the run.
+    /// What each path did, the verdict, and the command that repeats the run.
     Check,
 }
 
@@ -46,8 +46,8 @@ pub async fn run(
     let workspace = Workspace::new().map_err(DemoError::Workspace)?;
     let seed = load.seed.unwrap_or_else(|| Clock::boottime().now().as_nanos());
     let plan = load.plan(&workspace, seed);
-    let length = Duration::from_secs_f64(load.seconds);
-    let bar = (detail == Detail::Full && io::stderr().is_terminal()).then(|| progress_bar(length));
+    let length = Length { least: Duration::from_secs_f64(load.seconds), patience: load.patience };
+    let bar = (detail == Detail::Full && io::stderr().is_terminal()).then(|| progress_bar(length.least));
     let watch = |progress: Progress| {
         if let Some(bar) = &bar {
             show(bar, progress);
@@ -88,9 +88,7 @@ fn write(
             }
             report::write_paths(out, outcome)?;
             report::write_verdict(out, outcome)?;
-            if detail == Detail::Check {
-                writeln!(out, "repeat: {}", load.repeat(&outcome.plan))?;
-            }
+            writeln!(out, "repeat: {}", load.repeat(&outcome.plan))?;
         }
     }
     out.flush()

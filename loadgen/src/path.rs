@@ -149,6 +149,12 @@ impl Path {
         self.has_rounds() && !matches!(self, Self::Aging)
     }
 
+    /// Whether it asks for young bits without waiting for a device (`test_young`).
+    #[must_use]
+    pub const fn asks_young(self) -> bool {
+        matches!(self, Self::Collapse)
+    }
+
     /// Its place in [`Path::EVERY`], for tables and for the floor file.
     #[must_use]
     pub const fn index(self) -> usize {

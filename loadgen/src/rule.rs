@@ -4,9 +4,9 @@
 //! stands between a source and the host agent ([`Notifier`](shootdown_server::source::Notifier)), or between
 //! the SDK and the device ([`DeviceTlb`](shootdown_client::DeviceTlb)).
 //!
-//! There is one for each row of the memory source's table of paths, but for `free_pgtables`: it comes after
-//! the bracket of its munmap, calls no notifier, and devices hold frames and no page tables. What could go
-//! wrong there, a device that is granted something of the range that leaves, is `gather-freed-before-flush`.
+//! There is at least one for each row of the memory source's table of paths. `free_pgtables` calls no notifier, so
+//! its break is on the other side: what the host agent asks a source when a device faults
+//! ([`Translate`](shootdown_server::source::Translate)).
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -46,6 +46,8 @@ pub enum Rule {
     ClusterOutsideBracket,
     /// unmap_vmas, zap_page_range: what was gathered is freed before devices have flushed (host side)
     GatherFreedBeforeFlush,
+    /// free_pgtables: a fault is answered from page tables that were freed (host side)
+    PgtablesFreedUnderWalk,
     /// exit_mmap: the release comes after the unmap (host side)
     ReleaseAfterUnmap,
     /// khugepaged: the pages are collapsed outside of a bracket (host side)
@@ -79,6 +81,7 @@ impl Rule {
             Self::MigrateNotNotified => "migrate-not-notified",
             Self::ClusterOutsideBracket => "cluster-outside-bracket",
             Self::GatherFreedBeforeFlush => "gather-freed-before-flush",
+            Self::PgtablesFreedUnderWalk => "pgtables-freed-under-walk",
             Self::ReleaseAfterUnmap => "release-after-unmap",
             Self::CollapseNotBracketed => "collapse-not-bracketed",
             Self::ChangePteOutsideBracket => "change-pte-outside-bracket",
@@ -106,6 +109,7 @@ impl Rule {
             Self::MigrateNotNotified => &[Path::Migrate],
             Self::ClusterOutsideBracket => &[Path::Cluster, Path::Swapout],
             Self::GatherFreedBeforeFlush => &[Path::Map, Path::Munmap, Path::Dontneed, Path::Truncate],
+            Self::PgtablesFreedUnderWalk => &[Path::Map, Path::Munmap],
             Self::ReleaseAfterUnmap => &[Path::Exit],
             Self::CollapseNotBracketed => &[Path::Collapse],
             Self::ChangePteOutsideBracket => &[Path::Ksm],

@@ -26,16 +26,16 @@ const TAKING: [&str; 17] = [
 ];
 
 fn nothing_is_wrong(run: &Run) {
-    for what in ["/stale_reads", "/stale_writes", "/lost_writes", "/lost_young"] {
+    for what in ["/stale_reads", "/stale_writes", "/lost_writes", "/lost_young", "/against_young"] {
         assert_eq!(run.number(what), 0, "{what}: {run:#?}");
     }
 }
 
 #[test]
 fn every_path_is_seen_and_no_read_is_stale() {
-    let run = check(&["--all", "--seconds", "10", "--seed", "5"]);
+    let run = check(&["--all", "--seconds", "10", "--patience", "60s", "--seed", "5"]);
     assert_eq!(run.code, Some(0), "{run:#?}");
-    assert_eq!(run.number("/version"), 1);
+    assert_eq!(run.number("/version"), 2);
     nothing_is_wrong(&run);
     assert!(run.number("/reads") > 0 && run.number("/copy_reads") > 0 && run.number("/writes") > 0);
     assert!(run.number("/tlb_hits") > 0 && run.number("/faults") > 0 && run.number("/flushes") > 0);
@@ -52,6 +52,16 @@ fn every_path_is_seen_and_no_read_is_stale() {
             assert_eq!(run.number(&format!("/paths/{path}/{what}")), 0, "{path} {what}: {run:#?}");
         }
     }
+    let young = |what: &str| run.number(&format!("/paths/collapse/test_young/{what}"));
+    assert!(young("yes") > 0 && young("no") > 0 && young("asked") == young("yes") + young("no"), "{run:#?}");
+    assert!(run.number("/page_tables_freed") > 0, "{run:#?}");
+    for branch in ["cow_reuse", "cow_copy", "swap_in"] {
+        assert!(run.number(&format!("/branches/{branch}")) > 0, "{branch}: {run:#?}");
+    }
+    // Whether somebody comes too late, or at a bad time, is chance.
+    for branch in ["cow_lost_race", "swap_fail", "swap_again"] {
+        run.number(&format!("/branches/{branch}"));
+    }
     for stage in ["dispatch", "stream", "flush", "ack", "completion", "release", "round"] {
         assert!(run.number(&format!("/stages/{stage}/count")) > 0, "{stage}: {run:#?}");
     }
@@ -60,8 +70,29 @@ fn every_path_is_seen_and_no_read_is_stale() {
 }
 
 #[test]
+fn a_demo_ends_with_the_command_that_repeats_it() {
+    let args = ["demo", "--seconds", "1", "--seed", "9", "--paths", "dontneed", "--devices", "1"];
+    let output = util::program(&args).output().expect("the program can be started");
+    let told = String::from_utf8(output.stdout).expect("a report is text");
+    let last = told.lines().last().expect("there is a report");
+    assert!(last.starts_with("repeat: shootdown-loadgen check --seed 9 --seconds 1 --devices 1 "), "{told}");
+    assert!(last.ends_with("--paths dontneed"), "{told}");
+}
+
+#[test]
 fn chosen_paths_are_done_and_others_are_not() {
-    let run = check(&["--seconds", "2", "--seed", "1", "--paths", "dontneed,read", "--devices", "1"]);
+    let run = check(&[
+        "--seconds",
+        "2",
+        "--patience",
+        "60s",
+        "--seed",
+        "1",
+        "--paths",
+        "dontneed,read",
+        "--devices",
+        "1",
+    ]);
     assert_eq!(run.code, Some(0), "{run:#?}");
     assert!(run.number("/paths/dontneed/notices") > 0 && run.number("/quiet_paths/read") > 0);
     for path in TAKING.iter().filter(|path| **path != "dontneed") {
@@ -69,12 +100,12 @@ fn chosen_paths_are_done_and_others_are_not() {
     }
 }
 
-/// A run may be too short for a path to show something; nothing may be wrong in any.
+/// As long as each of them needs, on a machine that is busy too, to show something of every path.
 #[test]
-fn nothing_is_stale_or_lost_in_ten_short_runs_of_all_paths() {
+fn ten_short_runs_show_something_of_every_path_and_nothing_is_stale_or_lost() {
     for seed in 100..110 {
-        let run = check(&["--all", "--seconds", "2", "--seed", &seed.to_string()]);
-        assert_ne!(run.code, Some(1), "seed {seed}: {run:#?}");
+        let run = check(&["--all", "--seconds", "2", "--patience", "60s", "--seed", &seed.to_string()]);
+        assert_eq!(run.code, Some(0), "seed {seed}: {run:#?}");
         nothing_is_wrong(&run);
         assert!(run.number("/reads") > 0 && run.number("/writes") > 0, "seed {seed}: {run:#?}");
     }
@@ -85,7 +116,7 @@ fn nothing_is_stale_or_lost_in_ten_short_runs_of_all_paths() {
 fn nothing_is_stale_or_lost_where_memory_is_short() {
     let limit = ["--memory-limit-pages", "150", "--address-spaces", "2", "--devices", "2"];
     let paths = ["--paths", "map,read,write,fork,cow,munmap,dontneed,swapout,writeback,placeholder"];
-    let run = check(&[&["--seconds", "5", "--seed", "4"], &limit[..], &paths].concat());
+    let run = check(&[&["--seconds", "5", "--patience", "60s", "--seed", "4"], &limit[..], &paths].concat());
     assert_eq!(run.code, Some(0), "{run:#?}");
     nothing_is_wrong(&run);
     assert!(run.number("/paths/swapout/notices") > 0, "{run:#?}");
@@ -95,14 +126,36 @@ fn nothing_is_stale_or_lost_where_memory_is_short() {
 #[test]
 fn no_read_is_stale_where_reads_and_operations_crowd() {
     let crowd = ["--pages", "8", "--pause", "0ms", "--workers", "8", "--cache-pages", "256"];
-    let args = ["--seconds", "3", "--seed", "98", "--paths", "fork,cow,dontneed", "--write-ratio", "0.2"];
+    let args = [
+        "--seconds",
+        "3",
+        "--patience",
+        "60s",
+        "--seed",
+        "98",
+        "--paths",
+        "fork,cow,dontneed",
+        "--write-ratio",
+        "0.2",
+    ];
     let run = check(&[&args[..], &crowd].concat());
     assert_eq!(run.code, Some(0), "{run:#?}");
 }
 
 #[test]
 fn a_flush_that_takes_its_time_shows_in_the_stage_of_flushes() {
-    let args = ["--seconds", "2", "--seed", "2", "--paths", "dontneed,write", "--flush-time", "fixed:20ms"];
+    let args = [
+        "--seconds",
+        "2",
+        "--patience",
+        "60s",
+        "--seed",
+        "2",
+        "--paths",
+        "dontneed,write",
+        "--flush-time",
+        "fixed:20ms",
+    ];
     let run = check(&args);
     assert_eq!(run.code, Some(0), "{run:#?}");
     let p50 = run.json.pointer("/stages/flush/p50_us").and_then(serde_json::Value::as_f64);

@@ -37,8 +37,21 @@ pub struct Happened {
     pub seq: Option<u64>,
     /// The version that the page must have from then on.
     pub version: Option<u64>,
-    /// Who found something, or how many devices were asked.
+    /// Who found something.
     pub device: Option<String>,
+    /// Of a round: each device that it waited for. Of anything else: nothing.
+    pub waited_for: Option<Vec<WaitedFor>>,
+}
+
+/// A device that a round waited for.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct WaitedFor {
+    /// Its name.
+    pub device: String,
+    /// Where it stood when the round was answered: acked, left, fenced, waiting.
+    pub outcome: String,
+    /// From the opening of the round until then, in microseconds; `None` while it is waited for.
+    pub after_us: Option<u64>,
 }
 
 /// What the host keeps. A lock for all: it is held for a push.
@@ -75,6 +88,13 @@ impl Histories {
         }
     }
 
+    /// A page of an address space that was forked begins with the last rounds over its parent's.
+    pub fn inherit(&self, from: PageName, to: PageName) {
+        let mut happened = self.of(from).happened;
+        let rounds = happened.split_off(rounds_before(&happened, happened.len()));
+        rounds.into_iter().for_each(|round| self.push(to, round));
+    }
+
     /// What is kept of a page.
     #[must_use]
     pub fn of(&self, page: PageName) -> History {
@@ -86,7 +106,7 @@ impl Histories {
 
 impl History {
     /// What led to `found`: from the operation that made the content of `expected`, or the last one that made
-    /// any, to `found` itself. What happened later is no part of it.
+    /// any, with its rounds, to `found` itself. What happened later is no part of it.
     #[must_use]
     pub fn shortest(&self, expected: u64, found: Happened) -> Vec<Happened> {
         let mut told: Vec<Happened> =
@@ -94,16 +114,23 @@ impl History {
         told.sort_by_key(|happened| happened.at);
         let made = |version: u64| version <= expected;
         let good = told.iter().rposition(|happened| happened.version.is_some_and(made));
-        let begin = good.unwrap_or(0).max(told.len().saturating_sub(TOLD));
+        let begin = rounds_before(&told, good.unwrap_or(0)).max(told.len().saturating_sub(TOLD));
         told.drain(..begin);
         told.push(found);
         told
     }
 }
 
+/// Where the rounds begin that the operation at `end` has waited for: those of one kind directly before it.
+fn rounds_before(happened: &[Happened], end: usize) -> usize {
+    let Some(last) = end.checked_sub(1).map(|last| &happened[last]) else { return end };
+    let same = |happened: &&Happened| happened.waited_for.is_some() && happened.what == last.what;
+    end - happened[..end].iter().rev().take_while(same).count()
+}
+
 impl fmt::Display for Happened {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { at, what, address_space, seq, version, device } = self;
+        let Self { at, what, address_space, seq, version, device, waited_for } = self;
         write!(
             f,
             "{}.{:06} s  {what}  address space {address_space}",
@@ -116,9 +143,26 @@ impl fmt::Display for Happened {
         if let Some(version) = version {
             write!(f, "  version {version}")?;
         }
-        match device {
-            Some(device) => write!(f, "  {device}"),
+        if let Some(device) = device {
+            write!(f, "  {device}")?;
+        }
+        match waited_for.as_deref() {
             None => Ok(()),
+            Some([]) => f.write_str("  no device"),
+            Some([first, more @ ..]) => {
+                write!(f, "  {first}")?;
+                more.iter().try_for_each(|waited_for| write!(f, ", {waited_for}"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for WaitedFor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { device, outcome, after_us } = self;
+        match after_us {
+            Some(after) => write!(f, "{device} {outcome} after {after} us"),
+            None => write!(f, "{device} {outcome}"),
         }
     }
 }
@@ -130,7 +174,8 @@ mod tests {
     const PAGE: PageName = PageName { slot: 0, page: 1 };
 
     fn at(at: u64, version: Option<u64>) -> Happened {
-        Happened { at, what: format!("at {at}"), address_space: 1, seq: None, version, device: None }
+        let what = format!("at {at}");
+        Happened { at, what, address_space: 1, seq: None, version, device: None, waited_for: None }
     }
 
     fn times(history: &History, expected: u64, found: u64) -> Vec<u64> {
@@ -148,6 +193,43 @@ mod tests {
         assert_eq!(times(&history, 8, 7), [5, 6, 7]);
         assert_eq!(times(&history, 7, 7), [1, 3, 5, 6, 7]);
         assert_eq!(times(&history, 2, 4), [1, 3, 4], "nothing that is kept made it");
+    }
+
+    #[test]
+    fn a_round_is_told_with_its_event_and_with_each_device_and_what_became_of_it() {
+        let waited_for = |device: &str, outcome: &str, after_us| WaitedFor {
+            device: device.to_owned(),
+            outcome: outcome.to_owned(),
+            after_us,
+        };
+        let waited_for =
+            vec![waited_for("device-0", "acked", Some(130)), waited_for("device-1", "waiting", None)];
+        let round = Happened { seq: Some(9), waited_for: Some(waited_for), ..at(1_000_002_000, None) };
+        let told = "1.000002 s  at 1000002000  address space 1  event 9  device-0 acked after 130 us, device-1 waiting";
+        assert_eq!(round.to_string(), told);
+        let alone = Happened { waited_for: Some(Vec::new()), ..at(0, None) };
+        assert!(alone.to_string().ends_with("  no device"), "{alone}");
+    }
+
+    #[test]
+    fn an_operation_is_told_with_its_rounds_and_a_child_with_those_over_its_parents_page() {
+        let histories = Histories::new(1, 3);
+        let round = |time, what: &str| Happened {
+            waited_for: Some(Vec::new()),
+            what: what.to_owned(),
+            ..at(time, None)
+        };
+        for happened in
+            [at(1, Some(7)), round(2, "aging"), round(3, "fork"), round(4, "fork"), at(5, Some(8))]
+        {
+            histories.push(PAGE, happened);
+        }
+        assert_eq!(times(&histories.of(PAGE), 8, 6), [3, 4, 5, 6]);
+        histories.push(PAGE, round(7, "fork"));
+        let child = PageName { page: 2, ..PAGE };
+        histories.inherit(PAGE, child);
+        histories.push(child, at(8, Some(9)));
+        assert_eq!(times(&histories.of(child), u64::MAX, 9), [7, 8, 9]);
     }
 
     #[test]

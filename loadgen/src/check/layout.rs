@@ -7,6 +7,8 @@
 //!   +------------- anonymous memory ---------------------++----------- a file -------------
 //! ```
 //!
+//! The part of each thread has page tables to itself, so that they are freed when all of it is unmapped.
+//!
 //! Several threads of the host work on one address space at once, each on pages of its own; what they do to
 //! the whole address space they do alone.
 //!
@@ -24,6 +26,9 @@ const REGION: u64 = 0x10_0000_0000;
 
 /// Where the file is mapped.
 const FILE_REGION: u64 = 0x20_0000_0000;
+
+/// Pages of a page table, 2 MiB of an address space.
+const TABLE_PAGES: usize = 512;
 
 /// Pages of a huge page of a run: few, so that there are many.
 pub const HUGE_PAGES: usize = 4;
@@ -109,6 +114,12 @@ impl Layout {
         thread * self.part()..(thread + 1) * self.part()
     }
 
+    /// The pages of the thread whose page of anonymous memory this is.
+    #[must_use]
+    pub const fn part_of(&self, page: usize) -> Range<usize> {
+        self.of_thread(page / self.part())
+    }
+
     /// Those of them that are stamped and are no twins.
     #[must_use]
     pub const fn stamped_of_thread(&self, thread: usize) -> Range<usize> {
@@ -191,11 +202,18 @@ impl Layout {
         if self.is_file(page) {
             FILE_REGION + self.offset_in_file(page)
         } else {
-            REGION + page as u64 * PageSize::BASE.bytes()
+            let (thread, within) = (page / self.part(), page % self.part());
+            self.region_of(thread) + within as u64 * PageSize::BASE.bytes()
         }
     }
 
-    /// The addresses of pages of one of the two regions; `None`: of none.
+    /// Where the anonymous memory of a thread begins.
+    const fn region_of(&self, thread: usize) -> u64 {
+        let tables = self.part().div_ceil(TABLE_PAGES) as u64;
+        REGION + thread as u64 * tables * TABLE_PAGES as u64 * PageSize::BASE.bytes()
+    }
+
+    /// The addresses of pages of the anonymous memory of one thread, or of the file; `None`: of none.
     #[must_use]
     pub fn range_of(&self, pages: Range<usize>) -> Option<AddrRange> {
         let last = pages.end.checked_sub(1)?;
@@ -204,8 +222,11 @@ impl Layout {
 
     /// The pages of a range of addresses.
     pub fn pages_in(&self, range: AddrRange) -> impl Iterator<Item = usize> + use<> {
-        let regions = [(REGION, 0..self.anonymous()), (FILE_REGION, self.anonymous()..self.pages())];
-        regions.into_iter().flat_map(move |(start, pages)| {
+        let layout = *self;
+        let of_threads =
+            (0..self.threads).map(move |thread| (layout.region_of(thread), layout.of_thread(thread)));
+        let regions = of_threads.chain([(FILE_REGION, self.anonymous()..self.pages())]);
+        regions.flat_map(move |(start, pages)| {
             let page_at = |address: u64| {
                 pages.start + ((address.saturating_sub(start)) / PageSize::BASE.bytes()) as usize
             };
@@ -235,6 +256,20 @@ mod tests {
             assert_eq!(layout.pages_in(range).collect::<Vec<_>>(), [page]);
         }
         assert!(layout.pages_in(AddrRange::ALL).eq(0..layout.pages()));
+        let ends =
+            layout.range_of(layout.of_thread(0)).unwrap().hull(layout.range_of(layout.of_thread(1)).unwrap());
+        assert!(layout.pages_in(ends).eq(0..layout.anonymous()), "what lies between is of nobody");
+    }
+
+    #[test]
+    fn no_page_table_is_of_two_threads() {
+        for pages in [10, 4096] {
+            let layout = Layout::new(2, pages, 2, 3);
+            let table_of = |page| layout.address_of(page) / (TABLE_PAGES as u64 * PageSize::BASE.bytes());
+            let [first, second] = [0, 1].map(|thread| layout.of_thread(thread));
+            assert!(table_of(first.end - 1) < table_of(second.start));
+            assert!(table_of(second.end - 1) < table_of(layout.anonymous()));
+        }
     }
 
     #[test]

@@ -169,11 +169,12 @@ async fn attend(
             end = device.lost() => return Err(DeviceProcessError::Lost(end.cause)),
             Some(ended) = workers.join_next() => ended.map_err(|_| DeviceProcessError::Worker)??,
             _ = tick.tick() => {
-                let (done, wrong) = {
+                let (done, wrong, shown) = {
                     let report = bench.report.lock();
-                    (report.reads, report.stale_reads + report.lost_writes)
+                    let shown = Path::EVERY.into_iter().filter(|path| report.reads_after[path.index()] > 0);
+                    (report.reads, report.stale_reads + report.lost_writes, shown.collect())
                 };
-                say(&FromAgent::Progress { done, wrong }).map_err(DeviceProcessError::Parent)?;
+                say(&FromAgent::Progress { done, wrong, shown }).map_err(DeviceProcessError::Parent)?;
             }
         }
     };

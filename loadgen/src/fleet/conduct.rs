@@ -18,6 +18,7 @@ use super::{DEVICE_AGENT, HOST_AGENT};
 use crate::check::floor::FloorError;
 use crate::check::history::PageName;
 use crate::control::{DeviceReport, FromAgent, HostReport, Plan, ToAgent};
+use crate::path::Path;
 
 /// Lines that agents said and that were not handled yet; when it is full their readers wait.
 const LINES: usize = 256;
@@ -64,6 +65,15 @@ pub struct Progress {
     pub wrong: u64,
 }
 
+/// How long a run is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Length {
+    /// At least, unless something is found to be wrong.
+    pub least: Duration,
+    /// How much longer, until every path has shown something.
+    pub patience: Duration,
+}
+
 /// What a run brought.
 #[derive(Debug, Clone)]
 pub struct Conducted {
@@ -77,7 +87,7 @@ pub struct Conducted {
     pub stopped_early: bool,
 }
 
-/// Runs `plan` for so long, or until something is found to be wrong: what led to it is known then, and later
+/// Runs `plan` for its length, or until something is found to be wrong: what led to it is known then, and later
 /// is not. `watch` is told how far it is.
 ///
 /// # Errors
@@ -87,7 +97,7 @@ pub struct Conducted {
 /// Dropped, every agent is killed.
 pub async fn conduct(
     plan: &Plan,
-    length: Duration,
+    length: Length,
     noise: Noise,
     watch: impl FnMut(Progress),
 ) -> Result<Conducted, FleetError> {
@@ -113,6 +123,8 @@ struct Fleet {
     lives: Vec<Option<u64>>,
     /// By agent.
     done: Vec<(u64, u64)>,
+    /// By agent: the paths that have shown something there.
+    shown: Vec<Vec<Path>>,
     ready: usize,
     subscribed: usize,
     host: Option<HostReport>,
@@ -131,6 +143,7 @@ impl Fleet {
             agents: Vec::new(),
             lives: vec![None; slots],
             done: vec![(0, 0); devices + 1],
+            shown: vec![Vec::new(); devices + 1],
             ready: 0,
             subscribed: 0,
             host: None,
@@ -141,7 +154,7 @@ impl Fleet {
 
     async fn conduct(
         &mut self,
-        length: Duration,
+        length: Length,
         noise: Noise,
         tx: mpsc::Sender<Said>,
         mut watch: impl FnMut(Progress),
@@ -212,7 +225,7 @@ impl Fleet {
     async fn pass(
         &mut self,
         started: Moment,
-        length: Duration,
+        length: Length,
         watch: &mut impl FnMut(Progress),
     ) -> Result<bool, FleetError> {
         let mut tick = tokio::time::interval(TICK);
@@ -226,7 +239,8 @@ impl Fleet {
                     if progress.wrong > 0 {
                         return Ok(true);
                     }
-                    if progress.elapsed >= length {
+                    let most = length.least.saturating_add(length.patience);
+                    if progress.elapsed >= most || progress.elapsed >= length.least && self.has_shown_all() {
                         return Ok(false);
                     }
                 }
@@ -246,6 +260,14 @@ impl Fleet {
             .collect()
     }
 
+    /// Whether the run would pass if nothing were wrong with it.
+    fn has_shown_all(&self) -> bool {
+        let (host, devices) = (&self.shown[0], &self.shown[1..]);
+        let is_read = |path: &Path| devices.iter().any(|shown| shown.contains(path));
+        devices.iter().all(|shown| !shown.is_empty())
+            && self.plan.paths.iter().all(|path| host.contains(path) && (!path.has_reads() || is_read(path)))
+    }
+
     fn progress(&self, elapsed: Duration) -> Progress {
         Progress {
             elapsed,
@@ -260,7 +282,10 @@ impl Fleet {
         match said {
             Some(FromAgent::Ready) => self.ready += 1,
             Some(FromAgent::Subscribed { .. }) => self.subscribed += 1,
-            Some(FromAgent::Progress { done, wrong }) => self.done[number] = (done, wrong),
+            Some(FromAgent::Progress { done, wrong, shown }) => {
+                self.done[number] = (done, wrong);
+                self.shown[number] = shown;
+            }
             Some(FromAgent::Lives { slot, address_space }) => {
                 self.lives[slot] = Some(address_space);
                 self.tell_devices(&ToAgent::Lives { slot, address_space }).await?;

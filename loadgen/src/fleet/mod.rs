@@ -6,7 +6,7 @@ mod child;
 mod conduct;
 
 pub use child::{ChildError, Noise};
-pub use conduct::{Conducted, FleetError, Progress, conduct};
+pub use conduct::{Conducted, FleetError, Length, Progress, conduct};
 pub use workspace::Workspace;
 
 /// The hidden subcommand of the host agent's process.

@@ -15,6 +15,8 @@ use shootdown_server::source::{
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use super::told::{Part, Told};
+use super::walks::Walks;
 use crate::rule::Rule;
 
 /// How long a bracket that was ended too early is left before its caller goes on: devices must have the time
@@ -24,7 +26,10 @@ const WINDOW: Duration = Duration::from_millis(20);
 /// How much later a call is made that comes too late: time for some reads, on a machine that is busy too.
 const LATE: Duration = Duration::from_millis(50);
 
-/// How much later a hint is: after its bracket, and before the page is taken from devices once more.
+/// Sequences above it are invented: no event of a run comes so far.
+const LAST_REAL: u64 = u64::MAX / 2;
+
+/// How much later a hint is than the copy that makes it wrong: devices must hold the copy by then.
 const HINT_LATE: Duration = Duration::from_millis(4);
 
 /// The owner tag of the device that skips.
@@ -36,9 +41,19 @@ pub(super) struct Breaks<N> {
     inner: Arc<N>,
     rule: Option<Rule>,
     moving: Moving,
+    walks: Walks,
+    told: Told,
     clock: Clock,
     runtime: Handle,
     state: Mutex<State>,
+}
+
+/// What the source is answered.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) round: RoundResult,
+    /// Which part the round had: it may be nobody's.
+    pub(super) part: Part,
 }
 
 /// Brackets that are not what the source thinks.
@@ -49,6 +64,8 @@ struct State {
     /// Those whose round is still going on behind the source's back, by the sequence that it was given.
     behind: HashMap<Seq, oneshot::Sender<()>>,
     invented: u64,
+    /// Hints that are kept back, by the page that they are of.
+    hints: HashMap<(AddressSpaceId, u64), Translation>,
 }
 
 /// Where pages are about to be moved to, as the workload says it: a place is made free before, and a device
@@ -79,8 +96,16 @@ enum Deed {
 }
 
 impl<N: Notifier> Breaks<N> {
-    pub(super) fn new(inner: N, rule: Option<Rule>, moving: Moving, clock: Clock, runtime: Handle) -> Self {
-        Self { inner: Arc::new(inner), rule, moving, clock, runtime, state: Mutex::default() }
+    pub(super) fn new(
+        inner: N,
+        rule: Option<Rule>,
+        workload: (Moving, Walks),
+        told: Told,
+        clock: Clock,
+        runtime: Handle,
+    ) -> Self {
+        let (inner, state, (moving, walks)) = (Arc::new(inner), Mutex::default(), workload);
+        Self { inner, rule, moving, walks, told, clock, runtime, state }
     }
 
     pub(super) fn register(
@@ -88,7 +113,10 @@ impl<N: Notifier> Breaks<N> {
         name: &str,
         source: Arc<dyn Translate>,
     ) -> Result<AddressSpaceId, NotifyError> {
-        self.inner.register(name, source)
+        match self.rule {
+            Some(Rule::PgtablesFreedUnderWalk) => self.inner.register(name, self.walks.through(source)),
+            _ => self.inner.register(name, source),
+        }
     }
 
     /// Whose call it is says [`Twin::current`].
@@ -98,9 +126,10 @@ impl<N: Notifier> Breaks<N> {
             Rule::ReleaseBeforeAck => (true, &[], Deed::Behind(Duration::ZERO)),
             Rule::SkipOneTarget => (true, &[], Deed::ForTheSkipping),
             Rule::GrantInWindow => (true, &[], Deed::EndedEarly),
-            Rule::FlushAfterAck | Rule::YoungBitsDropped | Rule::ChangePteOutsideBracket => {
-                (true, &[], Deed::Honest)
-            }
+            Rule::FlushAfterAck
+            | Rule::YoungBitsDropped
+            | Rule::ChangePteOutsideBracket
+            | Rule::PgtablesFreedUnderWalk => (true, &[], Deed::Honest),
             Rule::CowFreeBeforeNotify => (false, &[Twin::CopyOnWrite], Deed::Behind(LATE)),
             Rule::PlaceholderNotInvalidated => (false, &[Twin::Placeholder], Deed::Never),
             Rule::WriteKeptAfterMkclean => (false, &[Twin::WriteBack], Deed::Never),
@@ -134,17 +163,17 @@ impl<N: Notifier> Breaks<N> {
         if is_meant { deed } else { Deed::Honest }
     }
 
-    pub(super) async fn start(&self, invalidation: Invalidation) -> Result<RoundResult, NotifyError> {
+    pub(super) async fn start(&self, invalidation: Invalidation) -> Result<Answer, NotifyError> {
         let deed = self.deed(invalidation.address_space, invalidation.range);
         self.start_as(deed, invalidation).await
     }
 
-    async fn start_as(&self, deed: Deed, invalidation: Invalidation) -> Result<RoundResult, NotifyError> {
+    async fn start_as(&self, deed: Deed, invalidation: Invalidation) -> Result<Answer, NotifyError> {
         match deed {
-            Deed::Honest => self.inner.invalidate_range_start(invalidation).await,
+            Deed::Honest => self.inner.invalidate_range_start(invalidation).await.map(Answer::awaited),
             Deed::ForTheSkipping => {
-                let owner = Some(SKIPPING);
-                self.inner.invalidate_range_start(Invalidation { owner, ..invalidation }).await
+                let invalidation = Invalidation { owner: Some(SKIPPING), ..invalidation };
+                self.inner.invalidate_range_start(invalidation).await.map(Answer::awaited)
             }
             Deed::Behind(late) => Ok(self.start_behind(invalidation, Some(late))),
             Deed::Never => Ok(self.start_behind(invalidation, None)),
@@ -155,7 +184,7 @@ impl<N: Notifier> Breaks<N> {
                     self.state.lock().ended.insert((invalidation.address_space, seq));
                 }
                 tokio::time::sleep(WINDOW).await;
-                Ok(round)
+                Ok(Answer::awaited(round))
             }
         }
     }
@@ -182,38 +211,53 @@ impl<N: Notifier> Breaks<N> {
         address: u64,
         cause: Cause,
         wait: Wait,
-    ) -> Result<RoundResult, NotifyError> {
+    ) -> Result<Answer, NotifyError> {
         let range = AddrRange::page_of(address, PageSize::BASE);
         let deed = self.deed(address_space, range);
         if deed == Deed::Honest {
-            return self.inner.invalidate_page(address_space, address, cause, wait).await;
+            let round = self.inner.invalidate_page(address_space, address, cause, wait).await?;
+            self.deliver_late_hint(address_space, address);
+            return Ok(Answer::awaited(round));
         }
         let invalidation = Invalidation { address_space, range, cause, owner: None, wait };
-        let round = self.start_as(deed, invalidation).await?;
-        if let Some(seq) = round.seq {
+        let answer = self.start_as(deed, invalidation).await?;
+        if let Some(seq) = answer.round.seq {
             self.end(address_space, seq)?;
         }
-        Ok(round)
+        Ok(answer)
     }
 
-    /// Too late the hint names a page that may be gone.
+    /// The hint is kept back, and its bracket is an honest one.
     pub(super) async fn change_pte(
         &self,
         address_space: AddressSpaceId,
         translation: Translation,
         wait: Wait,
-    ) -> Result<RoundResult, NotifyError> {
+    ) -> Result<Answer, NotifyError> {
         if self.rule != Some(Rule::ChangePteOutsideBracket) {
-            return self.inner.change_pte(address_space, translation, wait).await;
+            let round = self.inner.change_pte(address_space, translation, wait).await;
+            return round.map(Answer::awaited);
         }
-        let address = translation.range.start();
-        let round = self.inner.invalidate_page(address_space, address, Cause::Clear, wait).await?;
+        let page = (address_space, translation.range.start());
+        let round = self.inner.invalidate_page(address_space, page.1, Cause::Clear, wait).await?;
+        self.state.lock().hints.insert(page, translation);
+        Ok(Answer::awaited(round))
+    }
+
+    /// A page was copied: a hint that was kept back names what it is no more. It is delivered when devices have
+    /// had the time to fault.
+    fn deliver_late_hint(&self, address_space: AddressSpaceId, page: u64) {
+        if Twin::current() != Some(Twin::CopyOnWrite) {
+            return;
+        }
+        let Some(translation) = self.state.lock().hints.remove(&(address_space, page)) else { return };
+        let behind = self.told.behind(address_space, translation.range, Some(Twin::Merge));
         let inner = Arc::clone(&self.inner);
         self.runtime.spawn(async move {
             tokio::time::sleep(HINT_LATE).await;
-            inner.change_pte(address_space, translation, Wait::ForTargets).await.map(drop)
+            behind(&inner.change_pte(address_space, translation, Wait::ForTargets).await?);
+            Ok::<(), NotifyError>(())
         });
-        Ok(round)
     }
 
     pub(super) async fn clear_flush_young(
@@ -221,8 +265,11 @@ impl<N: Notifier> Breaks<N> {
         address_space: AddressSpaceId,
         range: AddrRange,
         wait: Wait,
-    ) -> Result<RoundResult, NotifyError> {
-        self.inner.clear_flush_young(address_space, range, wait).await.map(|round| self.seen(round))
+    ) -> Result<Answer, NotifyError> {
+        self.inner
+            .clear_flush_young(address_space, range, wait)
+            .await
+            .map(|round| Answer::awaited(self.seen(round)))
     }
 
     pub(super) async fn clear_young(
@@ -230,8 +277,11 @@ impl<N: Notifier> Breaks<N> {
         address_space: AddressSpaceId,
         range: AddrRange,
         wait: Wait,
-    ) -> Result<RoundResult, NotifyError> {
-        self.inner.clear_young(address_space, range, wait).await.map(|round| self.seen(round))
+    ) -> Result<Answer, NotifyError> {
+        self.inner
+            .clear_young(address_space, range, wait)
+            .await
+            .map(|round| Answer::awaited(self.seen(round)))
     }
 
     fn seen(&self, round: RoundResult) -> RoundResult {
@@ -247,45 +297,50 @@ impl<N: Notifier> Breaks<N> {
         self.inner.test_young(address_space, range)
     }
 
-    pub(super) async fn release(&self, address_space: AddressSpaceId) -> Result<RoundResult, NotifyError> {
+    pub(super) async fn release(&self, address_space: AddressSpaceId) -> Result<Answer, NotifyError> {
         let Deed::Behind(late) = self.deed(address_space, AddrRange::ALL) else {
-            return self.inner.release(address_space).await;
+            return self.inner.release(address_space).await.map(Answer::awaited);
         };
         let called = self.clock.now();
         let inner = Arc::clone(&self.inner);
+        let behind = self.told.behind(address_space, AddrRange::ALL, Twin::current());
         self.runtime.spawn(async move {
             tokio::time::sleep(late).await;
-            inner.release(address_space).await.map(drop)
+            behind(&inner.release(address_space).await?);
+            Ok::<(), NotifyError>(())
         });
-        Ok(self.pretend(None, called))
+        Ok(Answer { round: self.pretend(None, called), part: Part::AnsweredFirst })
     }
 
     /// The real round goes on in a task so much later, or does not; its bracket is ended when the source has
     /// ended the pretended one.
-    fn start_behind(&self, invalidation: Invalidation, late: Option<Duration>) -> RoundResult {
+    fn start_behind(&self, invalidation: Invalidation, late: Option<Duration>) -> Answer {
         let called = self.clock.now();
         let (end_tx, end_rx) = oneshot::channel();
         let seq = {
             let mut state = self.state.lock();
             state.invented += 1;
-            // From the top, where no sequence of a run comes.
-            let seq = Seq::new(u64::MAX - state.invented).expect("far from 0");
+            let seq = Seq::new(LAST_REAL + state.invented).expect("far from 0");
             state.behind.insert(seq, end_tx);
             seq
         };
+        let Invalidation { address_space, range, .. } = invalidation;
         if let Some(late) = late {
             let inner = Arc::clone(&self.inner);
+            let behind = self.told.behind(address_space, range, Twin::current());
             self.runtime.spawn(async move {
                 tokio::time::sleep(late).await;
                 let Ok(round) = inner.invalidate_range_start(invalidation).await else { return };
+                behind(&round);
                 // Dropped unsent where the source was dropped: the bracket must end as well.
                 let _ = end_rx.await;
                 if let Some(seq) = round.seq {
-                    let _ = inner.invalidate_range_end(invalidation.address_space, seq);
+                    let _ = inner.invalidate_range_end(address_space, seq);
                 }
             });
         }
-        self.pretend(Some(seq), called)
+        let part = if late.is_some() { Part::AnsweredFirst } else { Part::NeverAsked };
+        Answer { round: self.pretend(Some(seq), called), part }
     }
 
     fn pretend(&self, seq: Option<Seq>, called: Moment) -> RoundResult {
@@ -299,6 +354,17 @@ impl<N: Notifier> Breaks<N> {
             times,
         }
     }
+}
+
+impl Answer {
+    fn awaited(round: RoundResult) -> Self {
+        Self { round, part: Part::Awaited }
+    }
+}
+
+/// The sequence of a round's event, if there is such an event: a broken rule has it invented.
+pub(super) fn real_seq(round: &RoundResult) -> Option<Seq> {
+    round.seq.filter(|seq| seq.get() <= LAST_REAL)
 }
 
 impl Moving {

@@ -171,6 +171,7 @@ impl Space {
                 Content::Hole | Content::Zeros | Content::Scratch => {}
             }
             child.cells.publish(world, page, |new| *new = record)?;
+            world.histories.inherit(self.at(page).name, child.at(page).name);
             self.on_shared(page, Path::Fork)?;
             world.on_done(child.at(page), "fork", None, Some(record.floor));
         }

@@ -11,6 +11,7 @@ use shootdown_client::Access;
 use shootdown_server::source::memory::{Collapsed, MemoryError};
 
 use super::cells::Content;
+use super::recorder::Used;
 use super::space::{Marked, Space};
 use super::world::WorkloadError;
 use crate::check::verdict::Found;
@@ -24,6 +25,17 @@ const COMPARED: usize = 32;
 
 /// How long pages cannot be written: devices must have the time to try.
 const PROTECTED: Duration = Duration::from_millis(1);
+
+/// Who used the pages that are to become a huge one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum User {
+    /// The CPU stored to them just now.
+    Cpu,
+    /// Devices alone, if they did since they were last asked: theirs is the bit that decides.
+    Devices,
+    /// They are new: most often nobody.
+    Nobody,
+}
 
 /// Whether an operation took every page that it was asked to take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +61,16 @@ impl Space {
         let done = self.world.source.page_out(self.id, range).await;
         let Some(done) = self.unless_short(done, Path::Swapout)? else { return Ok(()) };
         self.on_kept(pages, Path::Swapout, Took::of(done.kept), &marked).await
+    }
+
+    /// mlock.
+    pub(super) fn lock(&self, pages: Range<usize>) -> Result<(), WorkloadError> {
+        self.world.source.lock(self.id, self.range_of(pages)?).map_err(self.failed(Path::Swapout))
+    }
+
+    /// munlock.
+    pub(super) fn unlock(&self, pages: Range<usize>) -> Result<(), WorkloadError> {
+        self.world.source.unlock(self.id, self.range_of(pages)?).map_err(self.failed(Path::Swapout))
     }
 
     /// Reclaim of pages that nobody uses, whose ever they are.
@@ -117,25 +139,41 @@ impl Space {
         restored.map_err(self.failed(Path::Mprotect)).map(drop)
     }
 
-    /// khugepaged, at one place.
-    pub(super) async fn collapse(&self, pages: Range<usize>) -> Result<(), WorkloadError> {
+    /// khugepaged, at one place: the pages are present and shared with nobody, or they would not be fit for it.
+    /// Whether they are worth it depends on `user`.
+    pub(super) async fn collapse(&self, pages: Range<usize>, user: User) -> Result<(), WorkloadError> {
         if self.mapped_part(pages.clone()) != pages {
             return Ok(());
         }
-        // Stored to they are present, young, and shared with nobody: else they are not worth it, or busy.
+        let (world, range) = (&self.world, self.range_of(pages.clone())?);
+        if user == User::Nobody {
+            self.unmap(pages.clone()).await?;
+            self.fill_holes(pages.clone()).await?;
+        }
         for page in pages.clone() {
             self.write(page).await?;
         }
-        let marked = self.marked(pages.clone())?;
-        let done = self.world.source.collapse(self.id, self.range_of(pages.clone())?).await;
-        match self.unless_short(done, Path::Collapse)? {
-            Some(Collapsed::Yes) => self.on_kept(pages, Path::Collapse, Took::All, &marked).await,
-            Some(_) => {
-                self.world.ledger.on_operation(Path::Collapse);
-                Ok(())
+        if user != User::Cpu {
+            // The CPU has not used the new frames. What devices used of the old ones they have told with their acks.
+            let moved = world.source.migrate(self.id, range).await;
+            if self.unless_short(moved, Path::Collapse)?.is_none() {
+                return Ok(());
             }
-            None => Ok(()),
         }
+        let marked = self.marked(pages.clone())?;
+        let done = world.source.collapse(self.id, range).await;
+        let Some(done) = self.unless_short(done, Path::Collapse)? else { return Ok(()) };
+        let may = match world.ledger.take_answer(self.id, range) {
+            // Nobody need be asked where the CPU used one, or they were not fit for it.
+            None | Some(Used::Yes) => done != Collapsed::NotYoung,
+            Some(Used::No) => done == Collapsed::NotYoung,
+        };
+        world.checks.lock().against_young += u64::from(!may);
+        if done == Collapsed::Yes {
+            return self.on_kept(pages, Path::Collapse, Took::All, &marked).await;
+        }
+        world.ledger.on_operation(Path::Collapse);
+        Ok(())
     }
 
     /// Two pages get the same bytes and are merged; then perhaps one of them is stored to, which must not

@@ -2,6 +2,8 @@
 
 mod recorder;
 mod young;
+mod told;
+mod walks;
 mod breaks;
 mod world;
 mod cells;

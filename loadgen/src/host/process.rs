@@ -12,6 +12,8 @@ use tokio::sync::mpsc;
 
 use super::breaks::{Breaks, Moving};
 use super::recorder::{Ledger, Recorder};
+use super::told::Told;
+use super::walks::Walks;
 use super::workload::Workload;
 use super::world::{Checks, WorkloadError, World};
 use super::young::Watch;
@@ -114,8 +116,11 @@ fn world(running: &Running, plan: Plan, ledger: &Ledger) -> Result<World, HostPr
     let uses = UseFile::open(&plan.directory.join("uses"), layout.pages() * plan.devices)?;
     let watch = Arc::new(Watch::new(layout, plan.devices, uses));
     let histories = Arc::new(Histories::new(layout.slots(), layout.pages()));
-    let breaks = Breaks::new(running.host().clone(), plan.rule, moving.clone(), clock, Handle::current());
-    let recorder = Recorder::new(breaks, ledger.clone(), Arc::clone(&watch), Arc::clone(&histories));
+    let told = Told::new(Arc::clone(&watch), Arc::clone(&histories));
+    let (host, runtime) = (running.host().clone(), Handle::current());
+    let walks = Walks::default();
+    let breaks = Breaks::new(host, plan.rule, (moving.clone(), walks.clone()), told.clone(), clock, runtime);
+    let recorder = Recorder::new(breaks, ledger.clone(), Arc::clone(&watch), told);
     let swap = SwapFile::create(&plan.directory.join("swap"), 2 * most_pages(&plan));
     let mut config = MemoryConfig::new(Arc::new(move || clock.now()), Handle::current());
     config.swap = Some(Arc::new(swap.map_err(HostProcessError::Swap)?));
@@ -130,6 +135,7 @@ fn world(running: &Running, plan: Plan, ledger: &Ledger) -> Result<World, HostPr
         ledger: ledger.clone(),
         watch,
         moving,
+        walks,
         histories,
         clock: Clock::boottime(),
         plan,
@@ -161,8 +167,8 @@ async fn work(
             },
             error = workload.failed() => return Err(error.into()),
             _ = tick.tick() => {
-                let (done, wrong) = (ledger.operations(), wrong(world));
-                say(&FromAgent::Progress { done, wrong }).map_err(HostProcessError::Parent)?;
+                let (done, wrong, shown) = (ledger.operations(), wrong(world), ledger.shown());
+                say(&FromAgent::Progress { done, wrong, shown }).map_err(HostProcessError::Parent)?;
             }
             _ = sampling.tick(), if memory.len() < MOST_SAMPLES => memory.push(MemorySample {
                 seconds: world.clock.now().since(began).as_secs_f64(),
@@ -182,6 +188,9 @@ async fn work(
     pages.dedup();
     Ok(Some(HostReport {
         paths: ledger.paths(),
+        tables_freed: ledger.tables(),
+        branches: world.source.events().into(),
+        against_young: checks.against_young,
         stages: ledger.stages(),
         loads: checks.loads,
         stale: checks.stale.clone(),
@@ -219,5 +228,5 @@ fn rss_kib() -> u64 {
 
 fn wrong(world: &World) -> u64 {
     let checks = world.checks.lock();
-    checks.stale_reads + checks.lost_writes + world.watch.count()
+    checks.stale_reads + checks.lost_writes + checks.against_young + world.watch.count()
 }

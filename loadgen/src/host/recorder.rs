@@ -1,6 +1,7 @@
 //! [1, 9 of 9] Stands between the memory source and the host agent: records every round as its twin's, looks at
 //! what young queries answer, and breaks a rule where the run asks for it. The host agent knows of none of it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -8,9 +9,9 @@ use shootdown_client::{AddrRange, AddressSpaceId, Cause, PageSize, Seq, Translat
 use shootdown_server::source::memory::Twin;
 use shootdown_server::source::{Invalidation, Notifier, NotifyError, RoundResult, Translate, Wait};
 
-use super::breaks::Breaks;
+use super::breaks::{Answer, Breaks};
+use super::told::{Part, Told};
 use super::young::Watch;
-use crate::check::history::{Happened, Histories};
 use crate::control::PathTally;
 use crate::path::Path;
 use crate::report::{Stage, StageSummary, Stages};
@@ -23,6 +24,16 @@ pub(super) struct Ledger(Arc<Mutex<State>>);
 struct State {
     stages: Stages,
     paths: [PathTally; Path::EVERY.len()],
+    tables: u64,
+    /// What `test_young` answered last, until it is looked at.
+    answers: HashMap<(AddressSpaceId, AddrRange), Used>,
+}
+
+/// What `test_young` answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Used {
+    Yes,
+    No,
 }
 
 impl Ledger {
@@ -36,6 +47,28 @@ impl Ledger {
         tally.rounds += 1;
         tally.notices += round.targets.len() as u64;
         state.stages.record_round(round);
+    }
+
+    /// Page tables were freed.
+    pub(super) fn on_tables(&self, freed: usize) {
+        self.0.lock().tables += freed as u64;
+    }
+
+    pub(super) fn tables(&self) -> u64 {
+        self.0.lock().tables
+    }
+
+    fn on_question(&self, address_space: AddressSpaceId, range: AddrRange, path: Path, used: Used) {
+        let mut state = self.0.lock();
+        let tally = &mut state.paths[path.index()];
+        tally.asked_young += 1;
+        tally.young += u64::from(used == Used::Yes);
+        state.answers.insert((address_space, range), used);
+    }
+
+    /// What `test_young` answered of `range` since this was last called; `None` where it was not asked.
+    pub(super) fn take_answer(&self, address_space: AddressSpaceId, range: AddrRange) -> Option<Used> {
+        self.0.lock().answers.remove(&(address_space, range))
     }
 
     /// Records how long the pages of rounds with targets took to be freed.
@@ -53,6 +86,12 @@ impl Ledger {
         self.0.lock().paths.to_vec()
     }
 
+    /// The paths that have shown something.
+    pub(super) fn shown(&self) -> Vec<Path> {
+        let state = self.0.lock();
+        Path::EVERY.into_iter().filter(|path| state.paths[path.index()].shows(*path)).collect()
+    }
+
     pub(super) fn operations(&self) -> u64 {
         self.0.lock().paths.iter().map(|tally| tally.operations).sum()
     }
@@ -68,7 +107,7 @@ pub(super) struct Recorder<N> {
     inner: Breaks<N>,
     ledger: Ledger,
     watch: Arc<Watch>,
-    histories: Arc<Histories>,
+    told: Told,
 }
 
 /// Whether a round asks for young bits.
@@ -79,13 +118,8 @@ enum Asks {
 }
 
 impl<N: Notifier> Recorder<N> {
-    pub(super) fn new(
-        inner: Breaks<N>,
-        ledger: Ledger,
-        watch: Arc<Watch>,
-        histories: Arc<Histories>,
-    ) -> Self {
-        Self { inner, ledger, watch, histories }
+    pub(super) fn new(inner: Breaks<N>, ledger: Ledger, watch: Arc<Watch>, told: Told) -> Self {
+        Self { inner, ledger, watch, told }
     }
 
     /// Awaits a round, and records it.
@@ -94,10 +128,12 @@ impl<N: Notifier> Recorder<N> {
         address_space: AddressSpaceId,
         range: AddrRange,
         asks: Asks,
-        round: impl Future<Output = Result<RoundResult, NotifyError>> + Send,
+        answer: impl Future<Output = Result<Answer, NotifyError>> + Send,
     ) -> Result<RoundResult, NotifyError> {
         let entered = self.watch.enter(address_space, range);
-        let round = round.await;
+        let (round, part) = answer
+            .await
+            .map_or_else(|error| (Err(error), Part::Awaited), |Answer { round, part }| (Ok(round), part));
         let query = round.as_ref().ok().filter(|_| asks == Asks::Young);
         if let Err(error) = self.watch.leave(address_space, &entered, query) {
             tracing::error!(error = &error as &dyn std::error::Error, "a young query cannot be checked");
@@ -105,23 +141,9 @@ impl<N: Notifier> Recorder<N> {
         // Of no twin is a call of nobody's path.
         if let (Ok(round), Some(twin)) = (&round, Twin::current()) {
             self.ledger.on_round(Path::of_twin(twin), round);
-            self.tell(address_space, range, twin, round);
+            self.told.on_round(address_space, range, twin, part, round);
         }
         round
-    }
-
-    fn tell(&self, address_space: AddressSpaceId, range: AddrRange, twin: Twin, round: &RoundResult) {
-        for page in self.watch.pages_in(address_space, range) {
-            let happened = Happened {
-                at: round.times.answered.as_nanos(),
-                what: format!("round of {twin}"),
-                address_space: address_space.get(),
-                seq: round.seq.map(Seq::get),
-                version: None,
-                device: Some(format!("{} devices", round.targets.len())),
-            };
-            self.histories.push(page, happened);
-        }
     }
 }
 
@@ -182,7 +204,12 @@ impl<N: Notifier> Notifier for Recorder<N> {
     }
 
     fn test_young(&self, address_space: AddressSpaceId, range: AddrRange) -> Result<bool, NotifyError> {
-        self.inner.test_young(address_space, range)
+        let young = self.inner.test_young(address_space, range)?;
+        if let Some(twin) = Twin::current() {
+            let used = if young { Used::Yes } else { Used::No };
+            self.ledger.on_question(address_space, range, Path::of_twin(twin), used);
+        }
+        Ok(young)
     }
 
     async fn release(&self, address_space: AddressSpaceId) -> Result<RoundResult, NotifyError> {

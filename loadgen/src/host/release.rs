@@ -62,13 +62,17 @@ impl Space {
         for page in pages.clone() {
             self.cells.on_zap(&self.world, page)?;
         }
-        let released = self.world.source.unmap(self.id, self.range_of(pages.clone())?).await;
+        let range = self.range_of(pages.clone())?;
+        let released = self.world.source.unmap(self.id, range).await;
         let released = released.map_err(self.failed(Path::Munmap))?;
         let floor = self.world.next_version();
         for page in pages {
             self.cells.on_zapped(&self.world, page, floor, Path::Munmap)?;
             self.cells.set(page, Content::Hole);
             self.world.on_done(self.at(page), "munmap", released.rounds.first(), Some(floor));
+        }
+        if released.tables > 0 {
+            self.world.walks.on_freed(self.id, range);
         }
         self.world.on_released(Path::Munmap, &released);
         Ok(())

@@ -8,11 +8,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use rand::rngs::SmallRng;
+use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::sync::RwLock;
 
 use super::cells::Content;
 use super::family::Family;
+use super::keep::User;
 use super::space::Space;
 use super::world::{WorkloadError, World};
 use crate::check::layout::{HUGE_PAGES, Use};
@@ -28,6 +30,8 @@ pub(super) struct Slot {
     family: Arc<RwLock<Family>>,
     thread: usize,
     random: SmallRng,
+    /// Paths that were not taken yet: each is, once, before chance decides.
+    first: Vec<Path>,
 }
 
 /// What a step could not do beside others.
@@ -59,7 +63,10 @@ impl Slot {
             let number = (thread as u64) << 32 | index as u64;
             let seed = world.plan.seed.wrapping_add(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
             let (world, family) = (Arc::clone(world), Arc::clone(&family));
-            Self { world, family, thread, random: SmallRng::seed_from_u64(seed) }
+            let mut random = SmallRng::seed_from_u64(seed);
+            let mut first = world.plan.paths.clone();
+            first.shuffle(&mut random);
+            Self { world, family, thread, random, first }
         };
         Ok((0..world.plan.threads).map(slot).collect())
     }
@@ -114,7 +121,8 @@ impl Slot {
             }
             Path::Munmap if has_holes(space, &own) => space.fill_holes(own).await?,
             Path::Munmap => {
-                let pages = self.some_of(own);
+                // Now and then all of them, so that their page table goes too.
+                let pages = if self.random.random_bool(0.2) { own } else { self.some_of(own) };
                 family.unshare(pages.clone());
                 space.unmap(pages).await?;
             }
@@ -131,9 +139,10 @@ impl Slot {
             Path::Mremap => self.remap(family, space).await?,
             Path::Aging => space.age().await?,
             Path::Writeback => family.parent().write_back(self.thread).await?,
-            Path::Swapout => match self.random.random_range(0..10) {
+            Path::Swapout => match self.random.random_range(0..12) {
                 0..6 => space.page_out(self.some_of(own)).await?,
-                6..8 => space.page_out(self.some_of(file)).await?,
+                6..8 => self.page_out_locked(family, own).await?,
+                8..10 => space.page_out(self.some_of(file)).await?,
                 _ => space.reclaim().await?,
             },
             Path::Migrate => space.migrate(self.some_of(own)).await?,
@@ -153,7 +162,10 @@ impl Slot {
                 let stamped = self.world.layout.stamped_of_thread(self.thread);
                 let places = stamped.len() / HUGE_PAGES;
                 let first = stamped.start + self.random.random_range(0..places) * HUGE_PAGES;
-                space.collapse(first..first + HUGE_PAGES).await?;
+                let user = [User::Cpu, User::Devices, User::Nobody][self.random.random_range(0..3)];
+                let pages = first..first + HUGE_PAGES;
+                family.unshare(pages.clone());
+                space.collapse(pages, user).await?;
             }
             Path::Ksm => {
                 let twins = self.world.layout.twins_of_thread(self.thread);
@@ -166,6 +178,9 @@ impl Slot {
     }
 
     fn choose(&mut self) -> Path {
+        if let Some(path) = self.first.pop() {
+            return path;
+        }
         let paths = &self.world.plan.paths;
         let mut left = self.random.random_range(0..paths.iter().copied().map(weight).sum::<u32>().max(1));
         for path in paths {
@@ -196,6 +211,20 @@ impl Slot {
         let first = self.random.random_range(pages.clone());
         let most = self.random.random_range(1..=MOST_PAGES);
         first..(first + most).min(pages.end)
+    }
+
+    /// A page that parent and child share is locked in memory by the child: it stays, whoever wants it to go.
+    async fn page_out_locked(&mut self, family: &Family, own: Range<usize>) -> Result<(), WorkloadError> {
+        let shared = family.shared(own.clone());
+        match family.child() {
+            Some(child) if !shared.is_empty() => {
+                let page = shared[self.random.random_range(0..shared.len())];
+                child.lock(page..page + 1)?;
+                family.parent().page_out(page..page + 1).await?;
+                child.unlock(page..page + 1)
+            }
+            _ => family.parent().page_out(self.some_of(own)).await,
+        }
     }
 
     /// Stamped pages go to another place, which the pages of that place leave.

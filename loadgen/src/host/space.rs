@@ -95,7 +95,9 @@ impl Space {
     pub(super) async fn fill_holes(&self, pages: Range<usize>) -> Result<(), WorkloadError> {
         let is_hole = |page: &usize| self.cells.get(*page).content == Content::Hole;
         while let Some(first) = pages.clone().find(is_hole) {
-            let length = (first..pages.end).take_while(is_hole).count();
+            // Up to the next thread's: what lies between is mapped by nobody.
+            let end = pages.end.min(self.world.layout.part_of(first).end);
+            let length = (first..end).take_while(is_hole).count();
             let holes = first..first + length;
             for page in holes.clone() {
                 self.cells.publish(&self.world, page, |record| {

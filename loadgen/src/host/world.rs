@@ -9,8 +9,9 @@ use shootdown_server::Host;
 use shootdown_server::source::RoundResult;
 use shootdown_server::source::memory::{FrameError, MemoryError, MemorySource, Released};
 
-use super::breaks::Moving;
+use super::breaks::{Moving, real_seq};
 use super::recorder::{Ledger, Recorder};
+use super::walks::Walks;
 use super::young::Watch;
 use crate::check::floor::FloorError;
 use crate::check::history::{Happened, Histories, PageName};
@@ -72,6 +73,7 @@ pub(super) struct World {
     pub(super) ledger: Ledger,
     pub(super) watch: Arc<Watch>,
     pub(super) moving: Moving,
+    pub(super) walks: Walks,
     pub(super) histories: Arc<Histories>,
     pub(super) plan: Plan,
     pub(super) checks: Mutex<Checks>,
@@ -91,6 +93,7 @@ pub(super) struct Checks {
     pub(super) lost_writes: u64,
     pub(super) lost_after: [u64; Path::EVERY.len()],
     pub(super) lost: Vec<LostWrite>,
+    pub(super) against_young: u64,
 }
 
 /// A page of an address space, as reports name it.
@@ -126,9 +129,10 @@ impl World {
             at: self.now(),
             what: what.to_owned(),
             address_space: place.address_space.get(),
-            seq: round.and_then(|round| round.seq).map(shootdown_client::Seq::get),
+            seq: round.and_then(real_seq).map(shootdown_client::Seq::get),
             version,
             device: None,
+            waited_for: None,
         };
         self.histories.push(place.name, happened);
     }
@@ -136,6 +140,7 @@ impl World {
     /// Counts an operation that released pages.
     pub(super) fn on_released(&self, path: Path, released: &Released) {
         self.ledger.on_operation(path);
+        self.ledger.on_tables(released.tables);
         self.ledger.on_release(&released.rounds, released.release);
     }
 

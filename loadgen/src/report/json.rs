@@ -6,7 +6,7 @@ use super::outcome::Outcome;
 use crate::path::Path;
 
 /// Of the shape below.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The run as JSON.
 #[must_use]
@@ -36,6 +36,9 @@ pub fn to_json(run: &Outcome) -> Value {
         "flushes": totals.flushes,
         "paths": paths(run),
         "quiet_paths": quiet_paths(run),
+        "page_tables_freed": run.host.tables_freed,
+        "branches": run.host.branches,
+        "against_young": run.host.against_young,
         "stages": stages(run),
         "memory": run.host.memory,
         "left_behind": run.host.left_behind,
@@ -61,6 +64,11 @@ fn paths(run: &Outcome) -> Value {
             "reads": run.reads_after(*path),
             "stale_reads": run.stale_after(*path),
             "lost_writes": run.lost_after(*path),
+            "test_young": {
+                "asked": tally.asked_young,
+                "yes": tally.young,
+                "no": tally.asked_young - tally.young,
+            },
         });
         (path.name().to_owned(), row)
     };
@@ -97,10 +105,13 @@ mod tests {
     #[test]
     fn the_report_has_a_version_and_a_row_for_each_path() {
         let report = to_json(&good());
-        assert_eq!(report["version"], 1);
+        assert_eq!(report["version"], 2);
         assert_eq!(report["passed"], true);
         assert_eq!(report["break"], Value::Null);
         assert_eq!(report["paths"]["munmap"]["rounds"], 4);
+        assert_eq!(report["paths"]["collapse"]["test_young"], json!({ "asked": 2, "yes": 1, "no": 1 }));
+        let branches = ["cow_reuse", "cow_copy", "cow_lost_race", "swap_in", "swap_fail", "swap_again"];
+        assert!(branches.iter().all(|branch| report["branches"][branch] == 0), "{report:#}");
         let rows = |key: &str| report[key].as_object().unwrap().len();
         assert_eq!(rows("paths") + rows("quiet_paths"), Path::EVERY.len());
     }

@@ -61,6 +61,10 @@ pub enum Failing {
     LostYoung(u64),
     /// Free frames were written to.
     StaleWrites(u64),
+    /// Pages were collapsed that nobody used, or left that somebody did.
+    AgainstYoung(u64),
+    /// A path that asks for young bits without waiting has never asked.
+    NoQuestions(Path),
     /// Nothing was done on a path that was asked for.
     NoOperations(Path),
     /// No device was waited for on a path.
@@ -149,6 +153,7 @@ impl Outcome {
             seq: None,
             version: None,
             device: Some(device.to_owned()),
+            waited_for: None,
         };
         let stale = self.stale().map(|stale| {
             let what = format!("found {}, expected version {}", stale.found, stale.expected_at_least);
@@ -197,6 +202,9 @@ impl Outcome {
         if self.host.stale_writes > 0 {
             failings.push(Failing::StaleWrites(self.host.stale_writes));
         }
+        if self.host.against_young > 0 {
+            failings.push(Failing::AgainstYoung(self.host.against_young));
+        }
         // A run that was broken on purpose has shown what it was to show, or has not.
         if self.plan.rule.is_some() {
             if stale_reads + lost_writes + lost_young == 0 {
@@ -220,6 +228,8 @@ impl Outcome {
                 failings.push(Failing::NoRounds(*path));
             } else if path.has_reads() && self.reads_after(*path) == 0 {
                 failings.push(Failing::NoReads(*path));
+            } else if path.asks_young() && tally.asked_young == 0 {
+                failings.push(Failing::NoQuestions(*path));
             }
         }
         failings
@@ -230,7 +240,14 @@ impl Failing {
     /// Whether a device, or the CPU, has seen or changed what was not its own any more, or has lost what was.
     #[must_use]
     pub const fn is_wrong(self) -> bool {
-        matches!(self, Self::StaleReads(_) | Self::LostWrites(_) | Self::LostYoung(_) | Self::StaleWrites(_))
+        matches!(
+            self,
+            Self::StaleReads(_)
+                | Self::LostWrites(_)
+                | Self::LostYoung(_)
+                | Self::StaleWrites(_)
+                | Self::AgainstYoung(_)
+        )
     }
 }
 
@@ -241,6 +258,10 @@ impl fmt::Display for Failing {
             Self::LostWrites(count) => write!(f, "{count} lost writes"),
             Self::LostYoung(count) => write!(f, "{count} lost young bits"),
             Self::StaleWrites(count) => write!(f, "{count} writes to free frames"),
+            Self::AgainstYoung(count) => {
+                write!(f, "{count} collapses against the answer of test_young")
+            }
+            Self::NoQuestions(path) => write!(f, "{path} never asked test_young: nothing is shown of it"),
             Self::NoOperations(path) => write!(f, "{path} was asked for and never done"),
             Self::NoRounds(path) => write!(f, "{path} never waited for a device: nothing is shown of it"),
             Self::NoReads(path) => {
@@ -264,7 +285,7 @@ pub(crate) mod tests {
 
     /// A run on which nothing is wrong.
     pub(crate) fn good() -> Outcome {
-        let tally = PathTally { operations: 5, rounds: 4, notices: 3 };
+        let tally = PathTally { operations: 5, rounds: 4, notices: 3, asked_young: 2, young: 1 };
         let device = DeviceReport {
             reads: 80,
             tlb_hits: 9,
@@ -323,6 +344,18 @@ pub(crate) mod tests {
             "a store in place has no rounds, and need not have"
         );
         assert!(!failings.iter().any(|failing| failing.is_wrong()));
+    }
+
+    #[test]
+    fn a_collapse_that_never_asked_shows_nothing_and_one_against_the_answer_is_wrong() {
+        let mut run = good();
+        run.host.paths[Path::Collapse.index()].asked_young = 0;
+        assert_eq!(run.failings(), [Failing::NoQuestions(Path::Collapse)]);
+        assert!(!Failing::NoQuestions(Path::Collapse).is_wrong());
+        let mut run = good();
+        run.host.against_young = 1;
+        assert_eq!(run.failings(), [Failing::AgainstYoung(1)]);
+        assert!(Failing::AgainstYoung(1).is_wrong());
     }
 
     #[test]
@@ -396,6 +429,7 @@ pub(crate) mod tests {
             seq: Some(8),
             version: None,
             device: None,
+            waited_for: None,
         };
         let mut run = good();
         run.devices[0].lost = vec![lost(20), lost(10)];

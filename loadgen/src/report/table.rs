@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use super::outcome::Outcome;
+use crate::control::{Branches, PathTally};
 use crate::path::Path;
 
 /// The most stale reads that are told in full.
@@ -61,6 +62,21 @@ pub fn write_paths(out: &mut impl Write, run: &Outcome) -> io::Result<()> {
         let (stale, lost) = (run.stale_after(path), run.lost_after(path));
         writeln!(out, "{name:<14}{operations:>11}{rounds:>9}{notices:>9}{reads:>13}{stale:>13}{lost:>13}")?;
     }
+    writeln!(out)?;
+    for path in Path::EVERY.into_iter().filter(|path| path.asks_young()) {
+        let PathTally { asked_young, young, .. } = run.path(path);
+        if asked_young > 0 {
+            let no = asked_young - young;
+            writeln!(out, "test_young: {path} asked {asked_young} times, {young} yes, {no} no")?;
+        }
+    }
+    writeln!(out, "{} page tables freed", run.host.tables_freed)?;
+    let Branches { cow_reuse, cow_copy, cow_lost_race, swap_in, swap_fail, swap_again } = run.host.branches;
+    writeln!(out, "copy on write: {cow_reuse} reused, {cow_copy} copied, {cow_lost_race} lost the race")?;
+    writeln!(
+        out,
+        "{swap_in} pages swapped in; {swap_fail} not taken because they are locked, {swap_again} because they are busy"
+    )?;
     writeln!(out)
 }
 

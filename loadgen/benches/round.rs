@@ -68,7 +68,7 @@ fn main() -> anyhow::Result<()> {
     let echo = Thread::start("echo")?;
     let main = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     main.block_on(async {
-        let space = running.host().register("bench", Arc::new(RpcSource))?;
+        let space = running.host().register("bench", Arc::new(RpcSource::default()))?;
         let device = peer.handle.spawn(connect(device_socket, space, busy_poll)).await??;
         let mut line = EchoLine::open(&echo.handle, &peer.handle, echo_socket).await?;
         let shard = running.shards().next().context("a host agent has a shard")?.clone();

@@ -197,7 +197,7 @@ async fn two_devices_flush_at_the_same_time() {
     let agent = HostAgent::start();
     let both_flush = Arc::new(Barrier::new(2));
     let space = agent.mapped("shared").await;
-    let registered = agent.host().register("registered", Arc::new(RpcSource)).unwrap();
+    let registered = agent.host().register("registered", Arc::new(RpcSource::default())).unwrap();
     let mut devices = Vec::new();
     for name in ["left", "right"] {
         let tlb = Together { takes: A_FIFTH, both_flush: Arc::clone(&both_flush) };

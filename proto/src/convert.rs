@@ -2,10 +2,11 @@
 //! into a protobuf message of a session.
 //!
 //! The words that all messages use are here; what a device says is in `device`, what a host agent says
-//! in `host`.
+//! in `host`, what it and a source say of faults in `source`.
 
 mod device;
 mod host;
+mod source;
 
 pub use self::device::request_of;
 
@@ -17,7 +18,7 @@ use shootdown_core::{
 };
 
 use crate::error::Malformed;
-use crate::message::{FrameSpan, MAX_RANGES_A_MESSAGE, MAX_SPANS, RequestId};
+use crate::message::{CallId, FaultId, FrameSpan, MAX_CALL_ID, MAX_RANGES_A_MESSAGE, MAX_SPANS, RequestId};
 use crate::v1;
 
 /// The page size that every range on the wire is made of.
@@ -40,6 +41,18 @@ nonzero!(epoch, Epoch);
 nonzero!(seq, Seq);
 nonzero!(notice_number, NoticeNumber);
 nonzero!(request_id, RequestId);
+nonzero!(fault_id, FaultId);
+
+/// The id of a call that may be tried again; `None` where the caller gave none.
+///
+/// # Errors
+/// [`Malformed::TooLong`].
+pub fn call_id(text: &str) -> Result<Option<CallId>, Malformed> {
+    if text.len() > MAX_CALL_ID {
+        return Err(Malformed::TooLong { field: "request_id", length: text.len(), most: MAX_CALL_ID });
+    }
+    Ok((!text.is_empty()).then(|| CallId(text.into())))
+}
 
 fn list<T>(items: Vec<T>, most: usize, field: &'static str) -> Result<Vec<T>, Malformed> {
     if items.len() > most {

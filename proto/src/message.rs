@@ -2,6 +2,7 @@
 //! and back; behind it nobody sees a protobuf type.
 
 use std::num::NonZeroU64;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -34,8 +35,16 @@ pub const MAX_FAULT_DATA_PAGES: u64 = 64;
 /// The most spans in one read or write of frames.
 pub const MAX_SPANS: usize = 256;
 
+/// The most bytes of a [`CallId`]: a UUID in any of its spellings, and room for a prefix.
+pub const MAX_CALL_ID: usize = 64;
+
 /// Chosen by whoever asks; comes back in the answer. Never 0.
 pub type RequestId = NonZeroU64;
+
+/// The `request_id` of a call of `NotifierService`: a call that is tried again carries the same one.
+/// Never empty.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CallId(pub(crate) Arc<str>);
 
 /// From the device to the host agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -257,4 +266,55 @@ pub struct FrameSpan {
     pub offset: u32,
     /// Bytes; never 0; `offset + length` is at most the base page.
     pub length: u32,
+}
+
+/// Names a question to a source; comes back in its answer. Never 0.
+pub type FaultId = NonZeroU64;
+
+/// From a source that serves the faults of its address space to the host agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceSays {
+    /// Opens the stream.
+    Open {
+        /// Whose faults.
+        address_space: AddressSpaceId,
+    },
+    /// Answers a question.
+    Translated {
+        /// Which.
+        fault: FaultId,
+        /// Not checked here against what was asked; at most [`MAX_FAULT_PAGES`].
+        translations: Vec<Translation>,
+    },
+    /// There is no answer to a question.
+    Declined {
+        /// Which.
+        fault: FaultId,
+        /// Why.
+        why: Decline,
+        /// The first address that has no translation.
+        address: u64,
+    },
+}
+
+/// Why a source has no translations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decline {
+    /// Nothing is mapped there.
+    Unmapped,
+    /// The mapping does not allow the access.
+    Access,
+    /// The source has no memory left.
+    OutOfMemory,
+}
+
+/// From the host agent to such a source: a device asks for translations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FaultAsked {
+    /// Comes back in the answer.
+    pub fault: FaultId,
+    /// Which pages; at most [`MAX_FAULT_PAGES`].
+    pub range: AddrRange,
+    /// What the device wants to do.
+    pub access: Access,
 }

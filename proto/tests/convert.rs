@@ -13,8 +13,8 @@ use shootdown_core::{
 };
 use shootdown_proto::error::{Malformed, Reason};
 use shootdown_proto::message::{
-    DeviceSays, Fault, Grant, Hello, HostSays, RequestId, Resume, ResumePoint, SessionError, Subscribe,
-    Welcome,
+    Decline, DeviceSays, Fault, FaultAsked, FaultId, Grant, Hello, HostSays, RequestId, Resume, ResumePoint,
+    SessionError, SourceSays, Subscribe, Welcome,
 };
 use shootdown_proto::v1;
 
@@ -29,6 +29,12 @@ proptest! {
         }
         if let Ok(wire) = v1::SessionResponse::decode(&bytes[..]) {
             drop(HostSays::try_from(wire));
+        }
+        if let Ok(wire) = v1::ServeFaultsRequest::decode(&bytes[..]) {
+            drop(SourceSays::try_from(wire));
+        }
+        if let Ok(wire) = v1::ServeFaultsResponse::decode(&bytes[..]) {
+            drop(FaultAsked::try_from(wire));
         }
     }
 }
@@ -160,6 +166,35 @@ fn what_a_host_agent_says_comes_back_the_same() {
         let wire = v1::SessionResponse::from(says.clone());
         assert_eq!(HostSays::try_from(wire), Ok(says));
     }
+}
+
+#[test]
+fn what_a_source_says_of_faults_and_is_asked_comes_back_the_same() {
+    let fault = FaultId::new(5).unwrap();
+    let declined = |why| SourceSays::Declined { fault, why, address: 7 << 12 };
+    for says in [
+        SourceSays::Open { address_space: AddressSpaceId::new(2).unwrap() },
+        SourceSays::Translated { fault, translations: vec![translation()] },
+        declined(Decline::Unmapped),
+        declined(Decline::Access),
+        declined(Decline::OutOfMemory),
+    ] {
+        let wire = v1::ServeFaultsRequest::from(says.clone());
+        assert_eq!(SourceSays::try_from(wire), Ok(says));
+    }
+    let asked = FaultAsked { fault, range: page(7), access: Access::Write };
+    let wire = v1::ServeFaultsResponse::from(asked);
+    assert_eq!(FaultAsked::try_from(wire), Ok(asked));
+}
+
+#[test]
+fn the_id_of_a_call_is_none_or_at_most_64_bytes() {
+    let convert = shootdown_proto::convert::call_id;
+    assert_eq!(convert(""), Ok(None));
+    assert!(convert(&"x".repeat(64)).unwrap().is_some());
+    assert_eq!(convert("a"), convert("a"));
+    assert_ne!(convert("a"), convert("b"));
+    assert!(matches!(convert(&"x".repeat(65)), Err(Malformed::TooLong { length: 65, most: 64, .. })));
 }
 
 /// What a device does not know must never let it keep a translation.

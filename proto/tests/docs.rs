@@ -282,6 +282,7 @@ fn the_limits_are_those_of_the_code() {
         ("pages of a fault", message::MAX_FAULT_PAGES),
         ("pages of a fault that asks for their bytes", message::MAX_FAULT_DATA_PAGES),
         ("spans of a read or write of frames", message::MAX_SPANS as u64),
+        ("bytes of a `request_id` of a source", message::MAX_CALL_ID as u64),
     ];
     for (what, limit) in limits {
         let row = format!("| {what} | {} |", with_commas(limit));

@@ -14,7 +14,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use shootdown_core::event::Event;
 use shootdown_core::round::{Progress, Resolution, Round};
-use shootdown_core::{Cause, DeviceId, Moment, SessionId};
+use shootdown_core::{Cause, DeviceId, Incarnation, Moment, SessionId};
 use tokio::sync::{Notify, OwnedSemaphorePermit, SetOnce};
 use tokio_util::sync::CancellationToken;
 
@@ -36,6 +36,7 @@ pub(crate) struct WaitingRound {
     lost: CancellationToken,
     called: Moment,
     clock: Clock,
+    host_incarnation: Incarnation,
 }
 
 #[derive(Debug)]
@@ -87,7 +88,7 @@ impl WaitingRound {
         targets: impl IntoIterator<Item = (SessionId, DeviceId)>,
         bracket: EndedBy,
         called: Moment,
-        clock: Clock,
+        (clock, host_incarnation): (Clock, Incarnation),
     ) -> Self {
         let round = Round::new(event, targets, called);
         Self {
@@ -97,6 +98,7 @@ impl WaitingRound {
             lost: CancellationToken::new(),
             called,
             clock,
+            host_incarnation,
         }
     }
 
@@ -122,6 +124,12 @@ impl WaitingRound {
                 if self.finished.initialized() { End::Now } else { End::WhenComplete }
             }
         }
+    }
+
+    /// Whether nothing is to come: it waits for no target, and its bracket is not the caller's to end.
+    pub(crate) fn is_settled(&self) -> bool {
+        let ledger = self.round.lock();
+        self.finished.initialized() && ledger.bracket != EndedBy::Caller
     }
 
     /// Whether it waits for a target.
@@ -169,6 +177,7 @@ impl WaitingRound {
             targets: ledger.round.reports().to_vec(),
             young: ledger.round.young(),
             dirty: ledger.round.dirty(),
+            host_incarnation: self.host_incarnation,
             times: RoundTimes {
                 called: self.called,
                 dispatched: ledger.dispatched,

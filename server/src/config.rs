@@ -16,6 +16,7 @@ use shootdown_core::session::SessionConfig;
 use crate::clock::Clock;
 use crate::host::HostConfig;
 use crate::listen::ListenAddr;
+use crate::source::rpc::DEFAULT_FAULT_TIMEOUT;
 
 /// Rounds in flight of one address space. A round takes about half a kilobyte and what its targets
 /// keep of it; a source with more to say at once waits.
@@ -148,6 +149,9 @@ pub struct Settings {
     /// How long devices have to leave when the daemon stops [default: 10s]
     #[arg(long, env = "SHOOTDOWND_DRAIN_TIMEOUT")]
     pub drain_timeout: Option<Span>,
+    /// How long a source may take to answer a fault over ServeFaults [default: 10s]
+    #[arg(long, env = "SHOOTDOWND_SOURCE_FAULT_TIMEOUT")]
+    pub source_fault_timeout: Option<Span>,
 }
 
 /// Everything that a host agent needs to start.
@@ -270,6 +274,7 @@ impl Settings {
             swap_bytes: self.swap_bytes.or(file.swap_bytes),
             stage_timing: self.stage_timing || file.stage_timing,
             drain_timeout: self.drain_timeout.or(file.drain_timeout),
+            source_fault_timeout: self.source_fault_timeout.or(file.source_fault_timeout),
         }
     }
 
@@ -290,6 +295,14 @@ impl Settings {
             return Err(ConfigError::NotUnix { address: address.clone() });
         }
         let session = self.session()?;
+        let source_fault_timeout = self.source_fault_timeout.map_or(DEFAULT_FAULT_TIMEOUT, |span| span.0);
+        if source_fault_timeout.is_zero() {
+            return Err(ConfigError::Value {
+                setting: "source_fault_timeout",
+                value: format!("{source_fault_timeout:?}"),
+                expected: "longer than 0",
+            });
+        }
         let own = rustix::process::geteuid().as_raw();
         let memory_frames =
             at_least_one("memory_frames", self.memory_frames.unwrap_or(DEFAULT_MEMORY_FRAMES))?;
@@ -323,6 +336,7 @@ impl Settings {
                     self.max_rounds_in_flight.unwrap_or(DEFAULT_ROUNDS_IN_FLIGHT),
                 )?,
                 stage_timing: self.stage_timing,
+                source_fault_timeout,
                 incarnation: incarnation(),
                 clock: Clock::BOOTTIME,
             },
@@ -408,6 +422,7 @@ mod tests {
         assert!(refused("listen = ['127.0.0.1:1']\nmemory_limit_bytes = 4095").contains("at least a page"));
         assert!(refused("listen = ['127.0.0.1:1']\nlease = '50ms'").contains("lease"));
         assert!(refused("listen = ['127.0.0.1:1']\nlease = 'soon'").contains("lease"));
+        assert!(refused("listen = ['127.0.0.1:1']\nsource_fault_timeout = '0s'").contains("longer than 0"));
         assert!(
             refused("listen = ['127.0.0.1:1']\nadmin_listen = ['127.0.0.1:2']").contains("no Unix socket")
         );

@@ -4,7 +4,7 @@
 //! something up copies the handle out and drops the guard before working on it; no guard of the map
 //! leaves this file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use dashmap::DashMap;
@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use shootdown_core::gate::GrantGate;
 use shootdown_core::interest::{Interest, Subscription};
 use shootdown_core::young::YoungBits;
-use shootdown_core::{AddressSpaceId, Seq, SubscriptionId};
+use shootdown_core::{AddressSpaceId, Incarnation, Seq, SubscriptionId};
 use srcu::Srcu;
 use tokio::sync::{Notify, Semaphore};
 
@@ -31,6 +31,7 @@ pub(crate) struct Directory {
     next: Mutex<Numbers>,
     most: usize,
     rounds_per_space: usize,
+    host_incarnation: Incarnation,
 }
 
 /// Ids are handed out here and never used twice.
@@ -38,18 +39,30 @@ pub(crate) struct Directory {
 struct Numbers {
     address_space: AddressSpaceId,
     subscription: SubscriptionId,
+    /// The first of this run: what is below was given out by an earlier one, if it was at all.
+    first_address_space: AddressSpaceId,
+    /// Names of earlier runs that were taken back in this one. None is ever taken back again: the order of
+    /// its events begins anew, and who knows the earlier one must not take it for this one.
+    taken_back: HashSet<AddressSpaceId>,
 }
 
+/// Names that may be taken back in one run, for each address space that there may be: every one that was
+/// there when the earlier run ended, and room for programs that try again.
+const TAKEN_BACK_PER_SPACE: usize = 16;
+
 impl Directory {
-    pub(crate) fn new(most: usize, rounds_per_space: usize) -> Self {
+    pub(crate) fn new(most: usize, rounds_per_space: usize, host_incarnation: Incarnation) -> Self {
         Self {
             spaces: DashMap::new(),
             next: Mutex::new(Numbers {
                 address_space: AddressSpaceId::FIRST,
                 subscription: SubscriptionId::FIRST,
+                first_address_space: AddressSpaceId::FIRST,
+                taken_back: HashSet::new(),
             }),
             most,
             rounds_per_space,
+            host_incarnation,
         }
     }
 
@@ -63,11 +76,40 @@ impl Directory {
         if self.spaces.len() >= self.most {
             return Err(NotifyError::TooManyAddressSpaces { most: self.most });
         }
+        while next.taken_back.contains(&next.address_space) {
+            next.address_space = next.address_space.next();
+        }
         let id = next.address_space;
         next.address_space = id.next();
-        let space = Arc::new(AddressSpace::new(id, name, source, self.rounds_per_space));
+        Ok(self.insert(id, name, source))
+    }
+
+    /// Makes an address space known by the name that an earlier run gave it.
+    pub(crate) fn take_back(
+        &self,
+        id: AddressSpaceId,
+        name: &str,
+        source: Arc<dyn Translate>,
+    ) -> Result<Arc<AddressSpace>, NotifyError> {
+        let mut next = self.next.lock();
+        let of_this_run = next.first_address_space <= id && id < next.address_space;
+        if of_this_run || next.taken_back.contains(&id) || self.spaces.contains_key(&id) {
+            return Err(NotifyError::AddressSpaceTaken(id));
+        }
+        if self.spaces.len() >= self.most
+            || next.taken_back.len() >= self.most.saturating_mul(TAKEN_BACK_PER_SPACE)
+        {
+            return Err(NotifyError::TooManyAddressSpaces { most: self.most });
+        }
+        next.taken_back.insert(id);
+        Ok(self.insert(id, name, source))
+    }
+
+    fn insert(&self, id: AddressSpaceId, name: &str, source: Arc<dyn Translate>) -> Arc<AddressSpace> {
+        let space =
+            Arc::new(AddressSpace::new(id, name, source, self.rounds_per_space, self.host_incarnation));
         self.spaces.insert(id, Arc::clone(&space));
-        Ok(space)
+        space
     }
 
     pub(crate) fn get(&self, id: AddressSpaceId) -> Option<Arc<AddressSpace>> {
@@ -118,6 +160,8 @@ pub(crate) struct AddressSpace {
     /// One permit a round in flight. A source that can wait waits for one: back-pressure, not loss.
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) most_rounds: usize,
+    /// The run that its rounds' results name.
+    pub(crate) host_incarnation: Incarnation,
 }
 
 /// What must happen in one order.
@@ -129,7 +173,13 @@ pub(crate) struct Order {
 }
 
 impl AddressSpace {
-    fn new(id: AddressSpaceId, name: &str, source: Arc<dyn Translate>, most_rounds: usize) -> Self {
+    fn new(
+        id: AddressSpaceId,
+        name: &str,
+        source: Arc<dyn Translate>,
+        most_rounds: usize,
+        host_incarnation: Incarnation,
+    ) -> Self {
         // The watchdog asks for stalls and tells of them; a callback a section would be a line for each
         // of the rounds that one slow device holds.
         let domain =
@@ -145,6 +195,7 @@ impl AddressSpace {
             bracket_ended: Notify::new(),
             permits: Arc::new(Semaphore::new(most_rounds)),
             most_rounds,
+            host_incarnation,
         }
     }
 

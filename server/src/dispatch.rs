@@ -90,7 +90,8 @@ impl AddressSpace {
             owner: call.owner,
         };
         let names = targets.iter().map(|target| (target.session, target.handle.device.clone()));
-        let round = Arc::new(WaitingRound::new(event, names, call.bracket, called, clock));
+        let run = (clock, self.host_incarnation);
+        let round = Arc::new(WaitingRound::new(event, names, call.bracket, called, run));
         self.rounds.lock().insert(seq, Arc::clone(&round));
         let sent = send(event, &targets, &round, clock.now());
         drop(order);

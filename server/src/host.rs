@@ -4,6 +4,7 @@
 //! to bottom as the stages do.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use shootdown_core::session::SessionConfig;
 use shootdown_core::{
@@ -18,6 +19,7 @@ use crate::completion::{End, EndedBy, WaitingRound};
 use crate::directory::{AddressSpace, Directory};
 use crate::dispatch::{Call, Dispatched, Leave};
 use crate::session::registry::Registry;
+use crate::source::rpc::retries::{Releases, Try};
 use crate::source::{Invalidation, Notifier, NotifyError, RoundResult, RoundTimes, Translate, Verdict, Wait};
 
 /// What a host agent allows and expects.
@@ -33,6 +35,8 @@ pub struct HostConfig {
     pub max_rounds_in_flight: usize,
     /// Ask the devices to say when they received and flushed each notice. Costs a report an ack.
     pub stage_timing: bool,
+    /// How long a source may take to answer a fault over `ServeFaults`.
+    pub source_fault_timeout: Duration,
     /// This run of the host agent: higher than that of any earlier run.
     pub incarnation: Incarnation,
     /// What leases and rounds are measured on.
@@ -51,6 +55,7 @@ struct Inner {
     config: HostConfig,
     directory: Directory,
     registry: Registry,
+    releases: Releases,
     /// Owns the rounds, the faults, the sessions.
     tasks: TaskTracker,
     /// Cancelled when the host agent begins to stop.
@@ -63,12 +68,14 @@ impl Host {
     /// A host agent that knows of nothing yet. Tasks that belong to no session run on `control`.
     #[must_use]
     pub fn new(config: HostConfig, control: tokio::runtime::Handle) -> Self {
-        let directory = Directory::new(config.max_address_spaces, config.max_rounds_in_flight);
+        let directory =
+            Directory::new(config.max_address_spaces, config.max_rounds_in_flight, config.incarnation);
         let registry = Registry::new(config.max_sessions);
         Self(Arc::new(Inner {
             config,
             directory,
             registry,
+            releases: Releases::default(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
             control,
@@ -81,6 +88,14 @@ impl Host {
 
     pub(crate) fn registry(&self) -> &Registry {
         &self.0.registry
+    }
+
+    pub(crate) fn releases(&self) -> &Releases {
+        &self.0.releases
+    }
+
+    pub(crate) fn control(&self) -> &tokio::runtime::Handle {
+        &self.0.control
     }
 
     pub(crate) fn tasks(&self) -> &TaskTracker {
@@ -103,6 +118,10 @@ impl Host {
         self.0.config.stage_timing
     }
 
+    pub(crate) fn source_fault_timeout(&self) -> Duration {
+        self.0.config.source_fault_timeout
+    }
+
     pub(crate) fn incarnation(&self) -> Incarnation {
         self.0.config.incarnation
     }
@@ -117,6 +136,25 @@ impl Host {
     #[must_use]
     pub fn rounds_in_flight(&self) -> usize {
         self.directory().list().iter().map(|space| space.rounds_in_flight()).sum()
+    }
+
+    /// Makes an address space known by the name that an earlier run of the host agent gave it, so that the
+    /// devices which know that name find it again.
+    ///
+    /// # Errors
+    /// [`NotifyError::AddressSpaceTaken`], and as [`Notifier::register`].
+    pub fn take_back(
+        &self,
+        id: AddressSpaceId,
+        name: &str,
+        source: Arc<dyn Translate>,
+    ) -> Result<(), NotifyError> {
+        if self.is_stopping() {
+            return Err(NotifyError::Stopping);
+        }
+        let space = self.directory().take_back(id, name, source)?;
+        tracing::debug!(address_space = id.get(), name, source = space.source.source(), "taken back");
+        Ok(())
     }
 
     /// Waits for a round that was not quiesced when its caller's time passed. Waiting twice gives the
@@ -167,6 +205,26 @@ impl Host {
         space.open_round(call, leave, called, self.clock(), self.tasks())
     }
 
+    /// The same for a call that may be a retry: then an earlier try has opened the round, or is about to.
+    async fn open_once(
+        &self,
+        space: &Arc<AddressSpace>,
+        call: Call,
+        wait: Wait,
+        called: Moment,
+        retry: Option<&Try<'_>>,
+    ) -> Result<Dispatched, NotifyError> {
+        let open = self.open(space, call, wait, called);
+        let Some(retry) = retry else { return open.await };
+        match wait {
+            // Its time is its own, whoever is about to open the round.
+            Wait::AtMost(limit) => tokio::time::timeout(limit, retry.open(open)).await.unwrap_or_else(|_| {
+                Err(NotifyError::TooManyRounds { address_space: space.id, most: space.most_rounds })
+            }),
+            Wait::ForTargets | Wait::NotAtAll => retry.open(open).await,
+        }
+    }
+
     /// What is left of the caller's time since it called.
     fn rest(&self, wait: Wait, called: Moment) -> Wait {
         match wait {
@@ -183,14 +241,51 @@ impl Host {
         range: AddrRange,
         (cause, owner): (Cause, Option<OwnerTag>),
         wait: Wait,
+        retry: Option<&Try<'_>>,
     ) -> Result<RoundResult, NotifyError> {
         let called = self.clock().now();
         let space = self.directory().expect(address_space)?;
         let call = Call { range, method, cause, owner, bracket: EndedBy::Task };
-        match self.open(&space, call, wait, called).await? {
+        match self.open_once(&space, call, wait, called, retry).await? {
             Dispatched::Open(round) => Ok(round.wait(self.rest(wait, called)).await),
             Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
         }
+    }
+
+    /// [`Notifier::invalidate_range_start`], which may be a retry.
+    pub(crate) async fn start(
+        &self,
+        invalidation: Invalidation,
+        retry: Option<&Try<'_>>,
+    ) -> Result<RoundResult, NotifyError> {
+        let called = self.clock().now();
+        let Invalidation { address_space, range, cause, owner, wait } = invalidation;
+        let space = self.directory().expect(address_space)?;
+        let call = Call { range, method: Method::Invalidate, cause, owner, bracket: EndedBy::Caller };
+        match self.open_once(&space, call, wait, called, retry).await? {
+            Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
+            Dispatched::Open(round) => {
+                // Who can try again comes back for the sequence; the bracket waits for it, as one of those
+                // that may be open.
+                let answered = retry.is_some();
+                let mut caller = Unanswered { space: &space, round: &round, answered, clock: self.clock() };
+                let result = round.wait(self.rest(wait, called)).await;
+                caller.answered = true;
+                Ok(result)
+            }
+        }
+    }
+
+    /// [`Notifier::change_pte`], which may be a retry.
+    pub(crate) async fn change(
+        &self,
+        address_space: AddressSpaceId,
+        translation: Translation,
+        wait: Wait,
+        retry: Option<&Try<'_>>,
+    ) -> Result<RoundResult, NotifyError> {
+        let method = Method::ChangePte(translation);
+        self.bracketed(address_space, method, translation.range, (Cause::Clear, None), wait, retry).await
     }
 
     /// `invalidate_page`, on somebody's behalf.
@@ -201,23 +296,27 @@ impl Host {
         cause: Cause,
         owner: Option<OwnerTag>,
         wait: Wait,
+        retry: Option<&Try<'_>>,
     ) -> Result<RoundResult, NotifyError> {
         let page = AddrRange::page_of(address, PageSize::BASE);
-        self.bracketed(address_space, Method::Invalidate, page, (cause, owner), wait).await
+        self.bracketed(address_space, Method::Invalidate, page, (cause, owner), wait, retry).await
     }
 
     /// A young query: the devices' bits, and what they reported before it.
-    async fn young(
+    pub(crate) async fn young(
         &self,
         address_space: AddressSpaceId,
         method: Method,
         range: AddrRange,
         wait: Wait,
+        retry: Option<&Try<'_>>,
     ) -> Result<RoundResult, NotifyError> {
         let space = self.directory().expect(address_space)?;
-        let mut result = self.bracketed(address_space, method, range, (Cause::Clear, None), wait).await?;
+        let mut result =
+            self.bracketed(address_space, method, range, (Cause::Clear, None), wait, retry).await?;
         if result.verdict != Verdict::WouldBlock {
-            result.young |= space.young.lock().clear(range);
+            let take = || space.young.lock().clear(range);
+            result.young |= retry.map_or_else(take, |retry| retry.young(take));
         }
         Ok(result)
     }
@@ -232,7 +331,15 @@ impl Host {
 
     fn nothing_waits(&self, verdict: Verdict, seq: Option<Seq>, called: Moment) -> RoundResult {
         let times = RoundTimes { called, dispatched: called, resolved: None, answered: self.clock().now() };
-        RoundResult { verdict, seq, targets: Vec::new(), young: false, dirty: false, times }
+        RoundResult {
+            verdict,
+            seq,
+            targets: Vec::new(),
+            young: false,
+            dirty: false,
+            host_incarnation: self.incarnation(),
+            times,
+        }
     }
 
     /// Runs to its end whatever becomes of the caller: see [`Notifier::release`].
@@ -263,6 +370,7 @@ impl Host {
         }
         space.subscribers.synchronize().await;
         self.directory().forget(space.id);
+        space.source.on_released();
         Ok(result)
     }
 }
@@ -278,20 +386,7 @@ impl Notifier for Host {
     }
 
     async fn invalidate_range_start(&self, invalidation: Invalidation) -> Result<RoundResult, NotifyError> {
-        let called = self.clock().now();
-        let Invalidation { address_space, range, cause, owner, wait } = invalidation;
-        let space = self.directory().expect(address_space)?;
-        let call = Call { range, method: Method::Invalidate, cause, owner, bracket: EndedBy::Caller };
-        match self.open(&space, call, wait, called).await? {
-            Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
-            Dispatched::Open(round) => {
-                let mut caller =
-                    Unanswered { space: &space, round: &round, answered: false, clock: self.clock() };
-                let result = round.wait(self.rest(wait, called)).await;
-                caller.answered = true;
-                Ok(result)
-            }
-        }
+        self.start(invalidation, None).await
     }
 
     fn invalidate_range_end(&self, address_space: AddressSpaceId, seq: Seq) -> Result<(), NotifyError> {
@@ -314,7 +409,7 @@ impl Notifier for Host {
         cause: Cause,
         wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        self.invalidate_page_for(address_space, address, cause, None, wait).await
+        self.invalidate_page_for(address_space, address, cause, None, wait, None).await
     }
 
     async fn change_pte(
@@ -323,8 +418,7 @@ impl Notifier for Host {
         translation: Translation,
         wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        let method = Method::ChangePte(translation);
-        self.bracketed(address_space, method, translation.range, (Cause::Clear, None), wait).await
+        self.change(address_space, translation, wait, None).await
     }
 
     async fn clear_flush_young(
@@ -333,7 +427,7 @@ impl Notifier for Host {
         range: AddrRange,
         wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        self.young(address_space, Method::ClearFlushYoung, range, wait).await
+        self.young(address_space, Method::ClearFlushYoung, range, wait, None).await
     }
 
     async fn clear_young(
@@ -342,7 +436,7 @@ impl Notifier for Host {
         range: AddrRange,
         wait: Wait,
     ) -> Result<RoundResult, NotifyError> {
-        self.young(address_space, Method::ClearYoung, range, wait).await
+        self.young(address_space, Method::ClearYoung, range, wait, None).await
     }
 
     fn test_young(&self, address_space: AddressSpaceId, range: AddrRange) -> Result<bool, NotifyError> {

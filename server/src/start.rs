@@ -309,7 +309,10 @@ async fn serve_shard<H: Health, R: ServerReflection>(
         .add_service(reflection.clone())
         .serve_with_incoming_shutdown(incoming(arrivals.device), stop.clone().cancelled_owned());
     let for_sources = server()
-        .add_service(NotifierServiceServer::new(notifiers))
+        .add_service(
+            NotifierServiceServer::new(notifiers)
+                .max_decoding_message_size(shootdown_proto::message::MAX_SESSION_MESSAGE),
+        )
         .add_service(MemoryServiceServer::new(memory).max_decoding_message_size(MOST_PAGE_BYTES))
         .add_service(health)
         .add_service(reflection)

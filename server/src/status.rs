@@ -7,6 +7,8 @@ use shootdown_proto::message::MAX_SESSION_MESSAGE;
 use tonic::{Code, Status};
 
 use crate::source::memory::{FrameError, MemoryError, SwapError};
+use crate::source::rpc::faults::{AlreadyServed, AnswerError};
+use crate::source::rpc::retries::IdReused;
 use crate::source::{FaultError, NotifyError};
 
 pub(crate) const fn ack_reason(error: AckError) -> Reason {
@@ -25,6 +27,7 @@ pub(crate) const fn notify_reason(error: &NotifyError) -> Reason {
         NotifyError::BracketUnknown { .. } => Reason::RoundUnknown,
         NotifyError::TooManyRounds { .. } => Reason::RoundQuota,
         NotifyError::TooManyAddressSpaces { .. } => Reason::AddressSpaceQuota,
+        NotifyError::AddressSpaceTaken(_) => Reason::FieldInvalid,
         NotifyError::Stopping => Reason::Draining,
     }
 }
@@ -32,9 +35,12 @@ pub(crate) const fn notify_reason(error: &NotifyError) -> Reason {
 pub(crate) const fn fault_reason(error: &FaultError) -> Reason {
     match error {
         FaultError::Unmapped { .. } | FaultError::BeyondEnd { .. } => Reason::FaultUnmapped,
-        FaultError::ReadOnly { .. } => Reason::FaultAccess,
-        FaultError::OutOfMemory { .. } => Reason::OutOfMemory,
-        FaultError::NotServed => Reason::FaultNotServed,
+        FaultError::ReadOnly { .. } | FaultError::Denied { .. } => Reason::FaultAccess,
+        FaultError::OutOfMemory { .. } | FaultError::SourceOutOfMemory => Reason::OutOfMemory,
+        FaultError::NotServed
+        | FaultError::SourceGone
+        | FaultError::Unanswered { .. }
+        | FaultError::NoBytes => Reason::FaultNotServed,
         FaultError::Notify(error) => notify_reason(error),
         FaultError::Store(_) => Reason::StoreFailed,
     }
@@ -44,6 +50,43 @@ impl From<NotifyError> for Status {
     fn from(error: NotifyError) -> Self {
         status(notify_reason(&error), error.to_string(), &[])
     }
+}
+
+impl From<IdReused> for Status {
+    fn from(error: IdReused) -> Self {
+        status(Reason::RequestIdReused, error.to_string(), &[])
+    }
+}
+
+impl From<AlreadyServed> for Status {
+    fn from(error: AlreadyServed) -> Self {
+        status(Reason::FaultsAlreadyServed, error.to_string(), &[])
+    }
+}
+
+impl From<AnswerError> for Status {
+    fn from(error: AnswerError) -> Self {
+        let reason = match &error {
+            AnswerError::Malformed(malformed) => malformed.reason(),
+            AnswerError::OpenedTwice
+            | AnswerError::UnknownQuestion(_)
+            | AnswerError::OtherPage { .. }
+            | AnswerError::TooMany { .. }
+            | AnswerError::ReadOnly { .. }
+            | AnswerError::DeclinedElsewhere { .. } => Reason::FieldInvalid,
+        };
+        status(reason, error.to_string(), &[])
+    }
+}
+
+/// The last word on a stream of faults whose address space has ended.
+pub(crate) fn source_released() -> Status {
+    status(Reason::AddressSpaceReleased, "the address space was released; there is nothing to answer", &[])
+}
+
+/// The last word on a stream of faults with a message that is too large.
+pub(crate) fn answer_too_large() -> Status {
+    status(Reason::MessageTooLarge, too_large(), &[])
 }
 
 /// Whether the transport refused a message because of its size. tonic has no type for it, only the

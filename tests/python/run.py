@@ -19,6 +19,7 @@ import traceback
 import grpc
 
 from device import Device, Refused, SessionLost, now
+from source import Source
 from stubs import generate
 
 PB, SERVICES = generate()
@@ -295,6 +296,37 @@ def a_flush_of_everything_is_told_as_young_of_everything(host, threads):
         narrow.stop()
 
 
+def a_source_in_another_language_serves_faults_and_moves_its_pages(host, threads):
+    held = HeldAck()
+    device = host.device("python11", held)
+    source = Source(host.notifier, PB, "vmm")
+    source.table = {START: 100, START + PAGE: 101}
+    device.subscribe(source.space, START, START + 16 * PAGE)
+    grant = device.fault(source.space, START, START + 2 * PAGE, PB.ACCESS_WRITE)
+    assert [(t.range, t.frame) for t in grant.translations] == [(pages(0, 1), 100), (pages(1, 2), 101)], grant
+    assert refused(lambda: device.fault(source.space, START, START + 3 * PAGE, PB.ACCESS_READ)) == "FAULT_UNMAPPED"
+
+    # It loses patience with its call, more than once, and tries again: the round is the same one.
+    moving = threads.submit(source.move, START, 200)
+    assert held.flushed.wait(BOUND), "no notice came"
+    fault = threads.submit(device.fault, source.space, START, START + PAGE, PB.ACCESS_READ)
+    deadline = time.monotonic() + BOUND
+    while source.tries < 3 and time.monotonic() < deadline:
+        concurrent.futures.wait([moving], timeout=source.PATIENCE)
+    assert source.tries >= 3 and not moving.done(), "the device has not acked"
+    held.go.set()
+    assert moving.result(BOUND).seq == 1
+    assert device.last_notice == 1, "a retry is not another invalidation"
+    assert fault.result(BOUND).translations[0].frame == 200, "a page was granted where it had been"
+
+    source.stop_serving()
+    assert refused(lambda: device.fault(source.space, START, START + PAGE, PB.ACCESS_READ)) == "FAULT_NOT_SERVED"
+    release = PB.ReleaseAddressSpaceRequest(address_space_id=source.space, request_id="bye")
+    for _ in range(2):
+        assert host.notifier.ReleaseAddressSpace(release, timeout=BOUND).result.seq == 2
+    device.leave()
+
+
 def only_answer(host, hello):
     """The one message that a refused Hello is answered with."""
     stream = SERVICES.DeviceServiceStub(host.devices).Session(iter([PB.SessionRequest(hello=hello)]))
@@ -325,6 +357,7 @@ TESTS = (
     a_message_that_is_refused_leaves_the_session_alone,
     whatever_a_device_may_have_used_is_young,
     a_flush_of_everything_is_told_as_young_of_everything,
+    a_source_in_another_language_serves_faults_and_moves_its_pages,
 )
 
 

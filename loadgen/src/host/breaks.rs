@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shootdown_client::{AddrRange, AddressSpaceId, Cause, Moment, OwnerTag, PageSize, Seq, Translation};
+use shootdown_client::{
+    AddrRange, AddressSpaceId, Cause, Incarnation, Moment, OwnerTag, PageSize, Seq, Translation,
+};
 use shootdown_server::clock::Clock;
 use shootdown_server::source::memory::Twin;
 use shootdown_server::source::{
@@ -351,6 +353,7 @@ impl<N: Notifier> Breaks<N> {
             targets: Vec::new(),
             young: false,
             dirty: false,
+            host_incarnation: Incarnation::FIRST,
             times,
         }
     }

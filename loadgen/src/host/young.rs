@@ -176,7 +176,7 @@ fn is_between(used: &Used, id: AddressSpaceId, since: u64, called: u64) -> bool 
 
 #[cfg(test)]
 mod tests {
-    use shootdown_client::{DeviceId, Moment, PageSize, SessionId};
+    use shootdown_client::{DeviceId, Incarnation, Moment, PageSize, SessionId};
     use shootdown_server::source::{RoundTimes, TargetReport, Verdict};
 
     use super::*;
@@ -236,6 +236,7 @@ mod tests {
             targets: vec![target],
             young,
             dirty: false,
+            host_incarnation: Incarnation::FIRST,
             times: RoundTimes { called: now, dispatched: now, resolved: None, answered: now },
         }
     }

@@ -1,23 +1,33 @@
 //! `NotifierService`: the notifier methods for any program on the host.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
 use shootdown_core::round::{Outcome, TargetReport};
-use shootdown_core::{AddressSpaceId, OwnerTag, PageSize, Seq};
+use shootdown_core::{AddrRange, AddressSpaceId, Method, OwnerTag, PageSize, Seq};
 use shootdown_proto::convert;
 use shootdown_proto::error::{Malformed, Reason, status};
+use shootdown_proto::message::SourceSays;
 use shootdown_proto::v1;
 use shootdown_proto::v1::notifier_service_server::NotifierService;
-use tonic::{Request, Response, Status};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::host::Host;
 use crate::listen::require_leave;
-use crate::source::rpc::{self, RpcSource};
-use crate::source::{Invalidation, Notifier, RoundResult, Verdict, Wait};
+use crate::source::rpc::RpcSource;
+use crate::source::rpc::faults::Said;
+use crate::source::rpc::retries::{Asked, MayWait, Releases, Retries, Try};
+use crate::source::{Invalidation, Notifier, NotifyError, RoundResult, Verdict, Wait};
+use crate::status::{answer_too_large, is_too_large};
 
 /// The longest name of an address space, in bytes: it is in every log line about it.
 pub(crate) const LONGEST_NAME: usize = 128;
+
+/// How long a stream of faults may stay silent before it says whose they are. It holds nothing but a
+/// connection.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The rpc source's service.
 #[derive(Debug, Clone)]
@@ -27,14 +37,22 @@ pub(crate) struct Notifiers {
 
 #[tonic::async_trait]
 impl NotifierService for Notifiers {
-    type ServeFaultsStream = tokio_stream::Empty<Result<v1::ServeFaultsResponse, Status>>;
+    type ServeFaultsStream = ReceiverStream<Said>;
 
     async fn serve_faults(
         &self,
-        request: Request<tonic::Streaming<v1::ServeFaultsRequest>>,
+        request: Request<Streaming<v1::ServeFaultsRequest>>,
     ) -> Result<Response<Self::ServeFaultsStream>, Status> {
         require_leave(&request)?;
-        Err(Status::unimplemented("not yet"))
+        let mut inbound = request.into_inner();
+        let Owned { source, .. } = self.owned_id(opened(&mut inbound).await?)?;
+        if self.host.is_stopping() {
+            return Err(NotifyError::Stopping.into());
+        }
+        let (stream, questions) = source.faults.open()?;
+        let stopping = self.host.stopping().clone();
+        self.host.tasks().spawn(Arc::clone(&source.faults).serve(stream, inbound, stopping));
+        Ok(Response::new(ReceiverStream::new(questions)))
     }
 
     async fn register_address_space(
@@ -42,8 +60,16 @@ impl NotifierService for Notifiers {
         request: Request<v1::RegisterAddressSpaceRequest>,
     ) -> Result<Response<v1::RegisterAddressSpaceResponse>, Status> {
         require_leave(&request)?;
-        let name = checked_name(request.into_inner().name)?;
-        let id = self.host.register(&name, Arc::new(RpcSource))?;
+        let request = request.into_inner();
+        let name = checked_name(request.name)?;
+        let source = Arc::new(RpcSource::new(self.host.source_fault_timeout()));
+        let id = match AddressSpaceId::new(request.address_space_id) {
+            None => self.host.register(&name, source)?,
+            Some(id) => {
+                self.host.take_back(id, &name, source)?;
+                id
+            }
+        };
         Ok(Response::new(v1::RegisterAddressSpaceResponse { address_space_id: id.get() }))
     }
 
@@ -53,14 +79,18 @@ impl NotifierService for Notifiers {
     ) -> Result<Response<v1::InvalidateRangeStartResponse>, Status> {
         require_leave(&request)?;
         let request = request.into_inner();
+        let owned = self.owned(request.address_space_id)?;
         let invalidation = Invalidation {
-            address_space: self.owned(request.address_space_id)?,
+            address_space: owned.id,
             range: convert::required_range(request.range, "range")?,
             cause: convert::cause(request.cause)?,
             owner: OwnerTag::new(request.owner),
             wait: if request.non_blockable { Wait::NotAtAll } else { wait(request.deadline_ms) },
         };
-        let result = self.host.invalidate_range_start(invalidation).await?;
+        let Invalidation { range, cause, owner, .. } = invalidation;
+        let may_wait = if request.non_blockable { MayWait::No } else { MayWait::Yes };
+        let retry = owned.retry(&request.request_id, Asked::Start { range, cause, owner, may_wait })?;
+        let result = self.host.start(invalidation, retry.as_ref()).await?;
         Ok(Response::new(v1::InvalidateRangeStartResponse { result: Some(wire_result(&result)) }))
     }
 
@@ -70,8 +100,13 @@ impl NotifierService for Notifiers {
     ) -> Result<Response<v1::InvalidateRangeEndResponse>, Status> {
         require_leave(&request)?;
         let request = request.into_inner();
-        let address_space = self.owned(request.address_space_id)?;
-        self.host.invalidate_range_end(address_space, convert::seq(request.seq, "seq")?)?;
+        let owned = self.owned(request.address_space_id)?;
+        let seq = convert::seq(request.seq, "seq")?;
+        let end = || self.host.invalidate_range_end(owned.id, seq);
+        match convert::call_id(&request.request_id)? {
+            None => end()?,
+            Some(id) => owned.source.retries.end(id, seq, end)??,
+        }
         Ok(Response::new(v1::InvalidateRangeEndResponse {}))
     }
 
@@ -85,12 +120,13 @@ impl NotifierService for Notifiers {
             let expected = "the first address of a page";
             return Err(Malformed::Value { field: "address", value: request.address, expected }.into());
         }
-        let address_space = self.owned(request.address_space_id)?;
+        let owned = self.owned(request.address_space_id)?;
         let cause = convert::cause(request.cause)?;
         let wait = wait(request.deadline_ms);
-        let owner = OwnerTag::new(request.owner);
+        let (address, owner) = (request.address, OwnerTag::new(request.owner));
+        let retry = owned.retry(&request.request_id, Asked::Page { address, cause, owner })?;
         let result =
-            self.host.invalidate_page_for(address_space, request.address, cause, owner, wait).await?;
+            self.host.invalidate_page_for(owned.id, address, cause, owner, wait, retry.as_ref()).await?;
         Ok(Response::new(v1::InvalidatePageResponse { result: Some(wire_result(&result)) }))
     }
 
@@ -100,10 +136,13 @@ impl NotifierService for Notifiers {
     ) -> Result<Response<v1::ChangePteResponse>, Status> {
         require_leave(&request)?;
         let request = request.into_inner();
-        let address_space = self.owned(request.address_space_id)?;
+        let owned = self.owned(request.address_space_id)?;
         let wire = request.translation.ok_or(Malformed::Missing { field: "translation" })?;
         let translation = convert::translation(wire)?;
-        let result = self.host.change_pte(address_space, translation, wait(request.deadline_ms)).await?;
+        let asked = Asked::Around { method: Method::ChangePte(translation), range: translation.range };
+        let retry = owned.retry(&request.request_id, asked)?;
+        let result =
+            self.host.change(owned.id, translation, wait(request.deadline_ms), retry.as_ref()).await?;
         Ok(Response::new(v1::ChangePteResponse { result: Some(wire_result(&result)) }))
     }
 
@@ -113,9 +152,10 @@ impl NotifierService for Notifiers {
     ) -> Result<Response<v1::ClearFlushYoungResponse>, Status> {
         require_leave(&request)?;
         let request = request.into_inner();
-        let address_space = self.owned(request.address_space_id)?;
+        let owned = self.owned(request.address_space_id)?;
         let range = convert::required_range(request.range, "range")?;
-        let result = self.host.clear_flush_young(address_space, range, wait(request.deadline_ms)).await?;
+        let wait = wait(request.deadline_ms);
+        let result = self.young(&owned, Method::ClearFlushYoung, range, wait, &request.request_id).await?;
         let young = result.young;
         Ok(Response::new(v1::ClearFlushYoungResponse { result: Some(wire_result(&result)), young }))
     }
@@ -126,9 +166,10 @@ impl NotifierService for Notifiers {
     ) -> Result<Response<v1::ClearYoungResponse>, Status> {
         require_leave(&request)?;
         let request = request.into_inner();
-        let address_space = self.owned(request.address_space_id)?;
+        let owned = self.owned(request.address_space_id)?;
         let range = convert::required_range(request.range, "range")?;
-        let result = self.host.clear_young(address_space, range, wait(request.deadline_ms)).await?;
+        let wait = wait(request.deadline_ms);
+        let result = self.young(&owned, Method::ClearYoung, range, wait, &request.request_id).await?;
         let young = result.young;
         Ok(Response::new(v1::ClearYoungResponse { result: Some(wire_result(&result)), young }))
     }
@@ -139,9 +180,9 @@ impl NotifierService for Notifiers {
     ) -> Result<Response<v1::TestYoungResponse>, Status> {
         require_leave(&request)?;
         let request = request.into_inner();
-        let address_space = self.owned(request.address_space_id)?;
+        let owned = self.owned(request.address_space_id)?;
         let range = convert::required_range(request.range, "range")?;
-        let young = self.host.test_young(address_space, range)?;
+        let young = self.host.test_young(owned.id, range)?;
         Ok(Response::new(v1::TestYoungResponse { young }))
     }
 
@@ -150,8 +191,25 @@ impl NotifierService for Notifiers {
         request: Request<v1::ReleaseAddressSpaceRequest>,
     ) -> Result<Response<v1::ReleaseAddressSpaceResponse>, Status> {
         require_leave(&request)?;
-        let address_space = self.owned(request.into_inner().address_space_id)?;
-        let result = self.host.release(address_space).await?;
+        let request = request.into_inner();
+        let result = match convert::call_id(&request.request_id)? {
+            None => self.host.release(self.owned(request.address_space_id)?.id).await?,
+            Some(id) => {
+                let address_space = convert::address_space_id(request.address_space_id, "address_space_id")?;
+                let release = match self.owned_id(address_space) {
+                    Ok(owned) => {
+                        owned.source.retries.require_unknown(&id)?;
+                        Releases::begin(&self.host, address_space, id)
+                    }
+                    // It has gone, perhaps by this very call.
+                    Err(gone) => Some(self.host.releases().find(address_space, &id).ok_or(gone)?),
+                };
+                match release {
+                    Some(release) => release.outcome().await?,
+                    None => return Err(NotifyError::Released(address_space).into()),
+                }
+            }
+        };
         Ok(Response::new(v1::ReleaseAddressSpaceResponse { result: Some(wire_result(&result)) }))
     }
 
@@ -161,23 +219,69 @@ impl NotifierService for Notifiers {
     ) -> Result<Response<v1::AwaitRoundResponse>, Status> {
         require_leave(&request)?;
         let request = request.into_inner();
-        let address_space = self.owned(request.address_space_id)?;
+        let owned = self.owned(request.address_space_id)?;
         let seq: Seq = convert::seq(request.seq, "seq")?;
-        let result = self.host.await_round(address_space, seq, wait(request.deadline_ms)).await?;
+        let result = self.host.await_round(owned.id, seq, wait(request.deadline_ms)).await?;
         Ok(Response::new(v1::AwaitRoundResponse { result: Some(wire_result(&result)) }))
     }
 }
 
 impl Notifiers {
     /// An address space that was registered here: nobody opens or ends the brackets of another source.
-    fn owned(&self, id: u64) -> Result<AddressSpaceId, Status> {
-        let id = convert::address_space_id(id, "address_space_id")?;
+    fn owned(&self, id: u64) -> Result<Owned, Status> {
+        self.owned_id(convert::address_space_id(id, "address_space_id")?)
+    }
+
+    fn owned_id(&self, id: AddressSpaceId) -> Result<Owned, Status> {
         let space = self.host.directory().expect(id)?;
-        if space.source.source() != rpc::NAME {
+        let source: Arc<dyn Any + Send + Sync> = space.source.clone();
+        source.downcast().map(|source| Owned { id, source }).map_err(|_| {
             let message = format!("address space {id} belongs to the {} source", space.source.source());
-            return Err(status(Reason::AddressSpaceNotOwned, message, &[]));
+            status(Reason::AddressSpaceNotOwned, message, &[])
+        })
+    }
+
+    async fn young(
+        &self,
+        owned: &Owned,
+        method: Method,
+        range: AddrRange,
+        wait: Wait,
+        request_id: &str,
+    ) -> Result<RoundResult, Status> {
+        let retry = owned.retry(request_id, Asked::Around { method, range })?;
+        Ok(self.host.young(owned.id, method, range, wait, retry.as_ref()).await?)
+    }
+}
+
+/// An address space of the rpc source.
+struct Owned {
+    id: AddressSpaceId,
+    source: Arc<RpcSource>,
+}
+
+impl Owned {
+    /// A call of a method; `None` where its caller gave no id to try again with.
+    fn retry(&self, request_id: &str, asked: Asked) -> Result<Option<Try<'_>>, Status> {
+        let retries: &Retries = &self.source.retries;
+        match convert::call_id(request_id)? {
+            Some(id) => Ok(Some(retries.ask(id, asked)?)),
+            None => Ok(None),
         }
-        Ok(id)
+    }
+}
+
+/// Whose faults a stream serves: its first message.
+async fn opened(inbound: &mut Streaming<v1::ServeFaultsRequest>) -> Result<AddressSpaceId, Status> {
+    let open = Malformed::Missing { field: "open" };
+    match tokio::time::timeout(OPEN_TIMEOUT, inbound.message()).await {
+        Ok(Ok(Some(first))) => match SourceSays::try_from(first)? {
+            SourceSays::Open { address_space } => Ok(address_space),
+            SourceSays::Translated { .. } | SourceSays::Declined { .. } => Err(open.into()),
+        },
+        Ok(Ok(None)) | Err(_) => Err(open.into()),
+        Ok(Err(broken)) if is_too_large(&broken) => Err(answer_too_large()),
+        Ok(Err(broken)) => Err(broken),
     }
 }
 
@@ -204,7 +308,7 @@ pub(crate) fn wire_result(result: &RoundResult) -> v1::RoundResult {
         targets: result.targets.iter().map(wire_target).collect(),
         elapsed_ns: nanos(result.times.answered.since(result.times.called)),
         dirty: result.dirty,
-        host_incarnation: 0,
+        host_incarnation: result.host_incarnation.get(),
     }
 }
 

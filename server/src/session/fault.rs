@@ -111,8 +111,12 @@ async fn serve(handle: &SessionHandle, space: &Arc<AddressSpace>, fault: Fault) 
             return Err(Refused::NotSubscribed(fault.range));
         }
         let ticket = open_ticket(space, fault.range).await?;
-        let translations =
-            space.source.fault(space.id, fault.range, fault.access).await.map_err(Refused::Source)?;
+        let translations = match space.source.fault(space.id, fault.range, fault.access).await {
+            Ok(translations) => translations,
+            // What an event overtook is as stale where the source found nothing.
+            Err(error) if error.is_of_the_pages() && ticket.was_overtaken() => continue,
+            Err(error) => return Err(Refused::Source(error)),
+        };
         let data = if fault.wants_data {
             space.source.bytes(&translations).map_err(Refused::Source)?
         } else {
@@ -129,6 +133,14 @@ async fn serve(handle: &SessionHandle, space: &Arc<AddressSpace>, fault: Fault) 
 struct OpenTicket<'space> {
     space: &'space AddressSpace,
     ticket: Option<Ticket>,
+}
+
+impl OpenTicket<'_> {
+    /// Ends the ticket; whether an event that overlaps it has started meanwhile.
+    fn was_overtaken(mut self) -> bool {
+        let ticket = self.ticket.take().expect("a ticket is ended once");
+        self.space.order.lock().gate.commit(ticket).is_err()
+    }
 }
 
 impl Drop for OpenTicket<'_> {

@@ -10,6 +10,7 @@
 pub mod memory;
 pub mod rpc;
 
+use std::any::Any;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +18,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 pub use shootdown_core::round::{Outcome, TargetReport};
-use shootdown_core::{Access, AddrRange, AddressSpaceId, Cause, Moment, OwnerTag, Seq, Translation};
+use shootdown_core::{
+    Access, AddrRange, AddressSpaceId, Cause, Incarnation, Moment, OwnerTag, Seq, Translation,
+};
 
 /// How long a caller waits for a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +92,9 @@ pub struct RoundResult {
     /// A device tells once. What it wrote elsewhere in a flush of everything, or before it left or was fenced,
     /// no later round tells: a page whose writable grant ended in such a way may be dirty.
     pub dirty: bool,
+    /// The run of the host agent that says so. Who has seen a higher one passes this result over: it comes
+    /// from a host agent that was stopped while its successor ran.
+    pub host_incarnation: Incarnation,
     /// When its parts happened.
     pub times: RoundTimes,
 }
@@ -126,6 +132,11 @@ pub enum NotifyError {
         /// The bound.
         most: usize,
     },
+    /// The name that was to be taken back is in use, or was given out or taken back by this run before.
+    #[error(
+        "address_space_id is {0}, which this run of the host agent has given out; where that was to the same program, go on using it, otherwise register without one"
+    )]
+    AddressSpaceTaken(AddressSpaceId),
     /// The host agent is stopping.
     #[error("the host agent is stopping")]
     Stopping,
@@ -261,9 +272,32 @@ pub enum FaultError {
         /// The bound.
         frames: usize,
     },
-    /// The source hands out no translations.
+    /// The source hands out no translations, or nobody answers for it now.
     #[error("the source of this address space hands out no translations")]
     NotServed,
+    /// The source went away before it answered, or answered what was not asked.
+    #[error("the source went away before it answered; ask again when it is back")]
+    SourceGone,
+    /// The source did not answer in time.
+    #[error("the source did not answer within {limit:?}; ask again")]
+    Unanswered {
+        /// The limit.
+        limit: Duration,
+    },
+    /// The source says that the mapping does not allow the access.
+    #[error("the source does not allow this access to {address:#x}")]
+    Denied {
+        /// The first such address.
+        address: u64,
+    },
+    /// The source says that it has no memory left.
+    #[error("the source has no memory left; try later")]
+    SourceOutOfMemory,
+    /// Only the source itself can reach the bytes.
+    #[error(
+        "the host agent has no way to the bytes of this address space, only to its translations; fault without wants_data, and read by the way that the source gave"
+    )]
+    NoBytes,
     /// The notifier call that the fault needed (to break COW) was refused.
     #[error("the fault needed a notifier call that was refused")]
     Notify(#[from] NotifyError),
@@ -272,8 +306,18 @@ pub enum FaultError {
     Store(#[source] Arc<std::io::Error>),
 }
 
+impl FaultError {
+    /// Whether it tells what the page tables said, which an event may have changed meanwhile.
+    pub(crate) fn is_of_the_pages(&self) -> bool {
+        matches!(
+            self,
+            Self::Unmapped { .. } | Self::ReadOnly { .. } | Self::BeyondEnd { .. } | Self::Denied { .. }
+        )
+    }
+}
+
 /// How the host agent asks a source for translations. Object safe: each address space has one.
-pub trait Translate: Send + Sync + 'static {
+pub trait Translate: Any + Send + Sync {
     /// The source's name in listings: "memory", "rpc", "api".
     fn source(&self) -> &'static str;
 
@@ -290,8 +334,11 @@ pub trait Translate: Send + Sync + 'static {
     /// The bytes of granted pages, in order, for a grant that carries them.
     ///
     /// # Errors
-    /// [`FaultError::Store`].
+    /// [`FaultError::Store`], [`FaultError::NoBytes`].
     fn bytes(&self, translations: &[Translation]) -> Result<Bytes, FaultError>;
+
+    /// The address space is gone: no fault will be asked any more.
+    fn on_released(&self) {}
 }
 
 impl RoundResult {

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use shootdown_core::{
-    Access, AddrRange, AddressSpaceId, Cause, FrameNumber, Moment, PageSize, Seq, Translation,
+    Access, AddrRange, AddressSpaceId, Cause, FrameNumber, Incarnation, Moment, PageSize, Seq, Translation,
 };
 use shootdown_proto::message::FrameSpan;
 use shootdown_server::source::memory::{FrameStore, MemoryConfig, MemorySource, MemoryStats, Twin};
@@ -371,7 +371,9 @@ impl Recorder {
         let verdict = if answer.is_quiesced() { Verdict::Quiesced } else { Verdict::NotQuiesced };
         let answered = self.tick();
         let times = RoundTimes { called, dispatched: called, resolved: Some(answered), answered };
-        Ok(RoundResult { verdict, seq: Some(seq), targets: Vec::new(), young, dirty: false, times })
+        let host_incarnation = Incarnation::FIRST;
+        let targets = Vec::new();
+        Ok(RoundResult { verdict, seq: Some(seq), targets, young, dirty: false, host_incarnation, times })
     }
 }
 

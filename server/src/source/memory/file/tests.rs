@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use shootdown_core::{Moment, Seq, Translation};
+use shootdown_core::{Incarnation, Moment, Seq, Translation};
 use tokio::sync::watch;
 
 use super::super::{FrameStore, MemoryConfig, POISON, Twin};
@@ -37,6 +37,7 @@ fn quiesced() -> RoundResult {
         targets: Vec::new(),
         young: false,
         dirty: false,
+        host_incarnation: Incarnation::FIRST,
         times,
     }
 }

@@ -1,0 +1,464 @@
+//! Calls that are tried again: one outcome for each request id.
+//!
+//! A caller that lost its connection does not know whether its call arrived. With an id it calls again,
+//! and gets the outcome of the call that did:
+//!
+//! ```text
+//!   ask(id) --not known--> Opening --the round is open--> Opened, until it is settled and old
+//!           |                 |
+//!           |                 +--refused, or nobody asks any more--> not known
+//!           +--known, the same request--> waits with the others, for the same round
+//!           +--known, another request---> REQUEST_ID_REUSED
+//! ```
+//!
+//! What took no effect is not remembered: a call that was refused, and one that was answered WOULD_BLOCK
+//! (NonBlockAtomic), is done anew when it is tried again.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+use shootdown_core::round::TargetReport;
+use shootdown_core::{AddrRange, AddressSpaceId, Cause, Method, OwnerTag, Seq};
+use shootdown_proto::message::CallId;
+use tokio::sync::{OnceCell, SetOnce};
+
+use crate::completion::WaitingRound;
+use crate::dispatch::Dispatched;
+use crate::host::Host;
+use crate::source::{Notifier as _, NotifyError, RoundResult};
+
+/// Settled calls of one address space whose outcome is remembered. A caller tries again within seconds,
+/// and has at most a few hundred calls in flight.
+const MOST_KEPT: usize = 4096;
+
+/// The targets that they name, all together: about 40 MB.
+const MOST_TARGETS_KEPT: usize = 1 << 18;
+
+/// How many are looked at when one is added: more than one, so that a backlog of open ones goes away.
+const LOOKED_AT: usize = 4;
+
+/// Releases whose outcome is remembered after their address space has gone, of one host agent.
+const MOST_RELEASES_KEPT: usize = 1024;
+
+/// The id was used before, for another request.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this request_id was used before in this address space, for another request; only a retry repeats one"
+)]
+pub(crate) struct IdReused;
+
+/// What a call asks for. Two that are equal are the same request; how long the caller waits is its own
+/// affair, and is not part of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asked {
+    Start { range: AddrRange, cause: Cause, owner: Option<OwnerTag>, may_wait: MayWait },
+    Page { address: u64, cause: Cause, owner: Option<OwnerTag> },
+    Around { method: Method, range: AddrRange },
+}
+
+/// Whether the caller can wait at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MayWait {
+    Yes,
+    No,
+}
+
+/// The calls of one address space by their ids.
+///
+/// The price: a call with an id costs an entry that stays when it is over. It is paid by who gives an id;
+/// a call without one is not seen here.
+#[derive(Debug, Default)]
+pub(crate) struct Retries {
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    calls: HashMap<CallId, Known>,
+    /// Those that took effect, the oldest first, with the number of their targets.
+    kept: VecDeque<(CallId, usize)>,
+    targets: usize,
+}
+
+#[derive(Debug)]
+enum Known {
+    Round {
+        once: Arc<Once>,
+        /// How many are in a call with this id now. One that did not open its round, and that nobody is
+        /// in, is forgotten.
+        callers: usize,
+    },
+    Ended(Seq),
+}
+
+/// One request, however often it is tried.
+#[derive(Debug)]
+struct Once {
+    asked: Asked,
+    round: OnceCell<Arc<WaitingRound>>,
+    /// The bits that the host had of the range. Taken once: what is reported later belongs to a later query.
+    young: OnceLock<bool>,
+}
+
+/// One try.
+#[derive(Debug)]
+pub(crate) struct Try<'a> {
+    retries: &'a Retries,
+    id: CallId,
+    once: Arc<Once>,
+}
+
+impl Retries {
+    /// A call arrives.
+    pub(crate) fn ask(&self, id: CallId, asked: Asked) -> Result<Try<'_>, IdReused> {
+        let mut table = self.table.lock();
+        let known = table.calls.entry(id.clone()).or_insert_with(|| Known::Round {
+            once: Arc::new(Once { asked, round: OnceCell::new(), young: OnceLock::new() }),
+            callers: 0,
+        });
+        match known {
+            Known::Round { once, callers } if once.asked == asked => {
+                *callers += 1;
+                Ok(Try { retries: self, id, once: Arc::clone(once) })
+            }
+            Known::Round { .. } | Known::Ended(_) => Err(IdReused),
+        }
+    }
+
+    /// `invalidate_range_end`, at most once for each id. `end` never waits, so it is called under the
+    /// lock: a repetition that runs beside it finds it done.
+    pub(crate) fn end(
+        &self,
+        id: CallId,
+        seq: Seq,
+        end: impl FnOnce() -> Result<(), NotifyError>,
+    ) -> Result<Result<(), NotifyError>, IdReused> {
+        let mut table = self.table.lock();
+        match table.calls.get(&id) {
+            Some(Known::Ended(ended)) if *ended == seq => return Ok(Ok(())),
+            Some(_) => return Err(IdReused),
+            None => {}
+        }
+        let ended = end();
+        if ended.is_ok() {
+            table.calls.insert(id.clone(), Known::Ended(seq));
+            table.keep(id, 0);
+        }
+        Ok(ended)
+    }
+
+    /// The release has its outcome elsewhere; its id must be one of its own all the same.
+    pub(crate) fn require_unknown(&self, id: &CallId) -> Result<(), IdReused> {
+        if self.table.lock().calls.contains_key(id) { Err(IdReused) } else { Ok(()) }
+    }
+}
+
+impl Try<'_> {
+    /// Opens the round, unless another try has: of several that come at once one opens, and when it is
+    /// dropped or refused before it did, the next.
+    ///
+    /// # Cancel safety
+    /// Cancel safe: `open` has either done nothing yet, or its round is in the table.
+    pub(crate) async fn open(
+        &self,
+        open: impl Future<Output = Result<Dispatched, NotifyError>>,
+    ) -> Result<Dispatched, NotifyError> {
+        let first = async {
+            match open.await {
+                // Nothing awaits between the opening and the table.
+                Ok(Dispatched::Open(round)) => {
+                    let targets = round.look(|round| round.reports().len());
+                    self.retries.table.lock().keep(self.id.clone(), targets);
+                    Ok(round)
+                }
+                Ok(Dispatched::WouldBlock(targets)) => Err(NotOpened::WouldBlock(targets)),
+                Err(refused) => Err(NotOpened::Refused(refused)),
+            }
+        };
+        match self.once.round.get_or_try_init(|| first).await {
+            Ok(round) => Ok(Dispatched::Open(Arc::clone(round))),
+            Err(NotOpened::WouldBlock(targets)) => Ok(Dispatched::WouldBlock(targets)),
+            Err(NotOpened::Refused(refused)) => Err(refused),
+        }
+    }
+
+    /// What `take` said when the first try asked it.
+    pub(crate) fn young(&self, take: impl FnOnce() -> bool) -> bool {
+        *self.once.young.get_or_init(take)
+    }
+}
+
+enum NotOpened {
+    WouldBlock(Vec<TargetReport>),
+    Refused(NotifyError),
+}
+
+impl Drop for Try<'_> {
+    fn drop(&mut self) {
+        let mut table = self.retries.table.lock();
+        let Some(Known::Round { once, callers }) = table.calls.get_mut(&self.id) else { return };
+        // Another's, where this one was old enough to be forgotten while its caller waited.
+        if Arc::ptr_eq(once, &self.once) {
+            *callers -= 1;
+            if *callers == 0 && !once.round.initialized() {
+                table.calls.remove(&self.id);
+            }
+        }
+    }
+}
+
+impl Table {
+    /// Remembers a call that took effect, and forgets old ones. One whose round waits, or whose bracket
+    /// its caller has not ended, is never forgotten: it goes to the back. There are no more of those than
+    /// the address space may have open brackets.
+    fn keep(&mut self, id: CallId, targets: usize) {
+        self.kept.push_back((id, targets));
+        self.targets += targets;
+        for _ in 0..LOOKED_AT {
+            if self.kept.len() <= MOST_KEPT && self.targets <= MOST_TARGETS_KEPT {
+                return;
+            }
+            let Some((id, targets)) = self.kept.pop_front() else { return };
+            if self.calls.get(&id).is_some_and(Known::is_open) {
+                self.kept.push_back((id, targets));
+            } else {
+                self.calls.remove(&id);
+                self.targets -= targets;
+            }
+        }
+    }
+}
+
+impl Known {
+    fn is_open(&self) -> bool {
+        match self {
+            // One that has no round yet is being opened.
+            Self::Round { once, .. } => once.round.get().is_none_or(|round| !round.is_settled()),
+            Self::Ended(_) => false,
+        }
+    }
+}
+
+/// Releases by their ids: the address space itself is gone when one is tried again.
+#[derive(Debug, Default)]
+pub(crate) struct Releases {
+    table: Mutex<ReleaseTable>,
+}
+
+#[derive(Debug, Default)]
+struct ReleaseTable {
+    by_space: HashMap<AddressSpaceId, Arc<Release>>,
+    /// Those that are complete, the oldest first.
+    done: VecDeque<AddressSpaceId>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Release {
+    id: CallId,
+    outcome: SetOnce<Result<RoundResult, NotifyError>>,
+}
+
+impl Release {
+    /// # Cancel safety
+    /// Cancel safe: the release has a task of its own.
+    pub(crate) async fn outcome(&self) -> Result<RoundResult, NotifyError> {
+        self.outcome.wait().await.clone()
+    }
+}
+
+impl Releases {
+    /// The release of an address space by this id, which may be over.
+    pub(crate) fn find(&self, address_space: AddressSpaceId, id: &CallId) -> Option<Arc<Release>> {
+        let release = self.table.lock().by_space.get(&address_space).cloned();
+        release.filter(|release| release.id == *id)
+    }
+
+    /// The release of an address space by this id; begins it where there is none. `None` where another
+    /// has begun.
+    pub(crate) fn begin(host: &Host, address_space: AddressSpaceId, id: CallId) -> Option<Arc<Release>> {
+        let mut table = host.releases().table.lock();
+        if let Some(release) = table.by_space.get(&address_space) {
+            return (release.id == id).then(|| Arc::clone(release));
+        }
+        let release = Arc::new(Release { id, outcome: SetOnce::new() });
+        table.by_space.insert(address_space, Arc::clone(&release));
+        drop(table);
+        let (host, task) = (host.clone(), Arc::clone(&release));
+        let (tasks, control) = (host.tasks().clone(), host.control().clone());
+        // Owned by a task: the caller may go away, and comes back for the outcome.
+        drop(tasks.spawn_on(
+            async move {
+                let outcome = host.release(address_space).await;
+                host.releases().on_done(address_space, outcome.is_ok());
+                task.outcome.set(outcome).expect("only this task sets it, once");
+            },
+            &control,
+        ));
+        Some(release)
+    }
+
+    fn on_done(&self, address_space: AddressSpaceId, took_effect: bool) {
+        let mut table = self.table.lock();
+        if !took_effect {
+            table.by_space.remove(&address_space);
+            return;
+        }
+        table.done.push_back(address_space);
+        if table.done.len() > MOST_RELEASES_KEPT
+            && let Some(oldest) = table.done.pop_front()
+        {
+            table.by_space.remove(&oldest);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use shootdown_core::PageSize;
+
+    use super::*;
+    use crate::config::Settings;
+    use crate::source::rpc::RpcSource;
+    use crate::source::{Invalidation, Wait};
+
+    /// A host agent without sockets, and an address space that nobody subscribes to.
+    struct Bench {
+        host: Host,
+        source: Arc<RpcSource>,
+        space: AddressSpaceId,
+    }
+
+    fn call_id(text: &str) -> CallId {
+        shootdown_proto::convert::call_id(text).unwrap().unwrap()
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let listen = vec!["unix:/nowhere".parse().unwrap()];
+            let config = Settings { listen, ..Settings::default() }.resolve().unwrap();
+            let host = Host::new(config.host, tokio::runtime::Handle::current());
+            let source = Arc::new(RpcSource::default());
+            let space = host.register("test", Arc::clone(&source) as _).unwrap();
+            Self { host, source, space }
+        }
+
+        /// A whole round under an id: its sequence.
+        async fn page(&self, id: &str) -> Seq {
+            let (address, cause, owner) = (4096, Cause::Unmap, None);
+            let retry = self.source.retries.ask(call_id(id), Asked::Page { address, cause, owner }).unwrap();
+            let wait = Wait::ForTargets;
+            let result =
+                self.host.invalidate_page_for(self.space, address, cause, owner, wait, Some(&retry)).await;
+            result.unwrap().seq.unwrap()
+        }
+
+        /// A bracket that is left open.
+        async fn start(&self, id: &str) -> Seq {
+            let (range, cause, owner) = (AddrRange::page_of(4096, PageSize::BASE), Cause::Unmap, None);
+            let asked = Asked::Start { range, cause, owner, may_wait: MayWait::Yes };
+            let retry = self.source.retries.ask(call_id(id), asked).unwrap();
+            let (address_space, wait) = (self.space, Wait::ForTargets);
+            let invalidation = Invalidation { address_space, range, cause, owner, wait };
+            self.host.start(invalidation, Some(&retry)).await.unwrap().seq.unwrap()
+        }
+
+        fn known(&self) -> usize {
+            self.source.retries.table.lock().calls.len()
+        }
+    }
+
+    #[tokio::test]
+    async fn outcomes_are_kept_in_a_bounded_number_and_open_ones_as_long_as_they_are_open() {
+        let bench = Bench::new();
+        let open = bench.start("open").await;
+        let oldest = bench.page("oldest").await;
+        for call in 0..MOST_KEPT - 2 {
+            bench.page(&call.to_string()).await;
+        }
+        assert_eq!(bench.page("oldest").await, oldest, "as many as are kept");
+        bench.page("one more").await;
+        assert_eq!(bench.known(), MOST_KEPT);
+        assert_ne!(bench.page("oldest").await, oldest, "forgotten, and done anew");
+        for call in 0..3 * MOST_KEPT {
+            bench.page(&format!("later {call}")).await;
+        }
+        assert_eq!(bench.start("open").await, open);
+        assert_eq!(bench.known(), MOST_KEPT);
+        // It is one of the others when it has ended.
+        bench.host.invalidate_range_end(bench.space, open).unwrap();
+        for call in 0..2 * MOST_KEPT {
+            bench.page(&format!("last {call}")).await;
+        }
+        assert_ne!(bench.start("open").await, open);
+    }
+
+    #[tokio::test]
+    async fn a_backlog_of_open_ones_goes_away_when_they_have_ended() {
+        const OPEN: usize = 2 * MOST_KEPT;
+        let bench = Bench::new();
+        let mut seqs = Vec::new();
+        for call in 0..OPEN {
+            seqs.push(bench.start(&format!("open {call}")).await);
+        }
+        assert_eq!(bench.known(), OPEN);
+        for seq in seqs {
+            bench.host.invalidate_range_end(bench.space, seq).unwrap();
+        }
+        for call in 0..OPEN {
+            bench.page(&call.to_string()).await;
+        }
+        assert_eq!(bench.known(), MOST_KEPT);
+    }
+
+    #[tokio::test]
+    async fn a_try_waits_for_another_that_opens_no_longer_than_its_own_time() {
+        let bench = Bench::new();
+        let (range, cause, owner) = (AddrRange::page_of(4096, PageSize::BASE), Cause::Unmap, None);
+        let asked = Asked::Start { range, cause, owner, may_wait: MayWait::Yes };
+        let first = bench.source.retries.ask(call_id("a"), asked).unwrap();
+        let second = bench.source.retries.ask(call_id("a"), asked).unwrap();
+        let mut opening = Box::pin(first.open(std::future::pending()));
+        assert!(futures_util::poll!(&mut opening).is_pending());
+        let wait = Wait::AtMost(Duration::from_millis(10));
+        let invalidation = Invalidation { address_space: bench.space, range, cause, owner, wait };
+        let hasty = bench.host.start(invalidation, Some(&second));
+        let refused = tokio::time::timeout(Duration::from_secs(20), hasty).await.expect("its time passes");
+        assert!(matches!(refused, Err(NotifyError::TooManyRounds { .. })));
+        // The first goes away: it had opened nothing, and the second does.
+        drop(opening);
+        assert_eq!(bench.host.start(invalidation, Some(&second)).await.unwrap().seq, Some(Seq::FIRST));
+        assert_eq!(bench.host.start(invalidation, Some(&first)).await.unwrap().seq, Some(Seq::FIRST));
+    }
+
+    #[tokio::test]
+    async fn a_try_that_nobody_waits_for_any_more_leaves_nothing() {
+        let bench = Bench::new();
+        let (range, cause, owner) = (AddrRange::ALL, Cause::Unmap, None);
+        let asked = Asked::Start { range, cause, owner, may_wait: MayWait::Yes };
+        let first = bench.source.retries.ask(call_id("a"), asked).unwrap();
+        let second = bench.source.retries.ask(call_id("a"), asked).unwrap();
+        drop(first.open(std::future::pending()));
+        drop(first);
+        assert_eq!(bench.known(), 1, "another is in it");
+        let refused = second.open(async { Err(NotifyError::Stopping) }).await;
+        assert!(refused.is_err());
+        drop(second);
+        assert_eq!(bench.known(), 0);
+    }
+
+    #[tokio::test]
+    async fn releases_are_kept_in_a_bounded_number() {
+        let bench = Bench::new();
+        for _ in 0..=MOST_RELEASES_KEPT {
+            let space = bench.host.register("test", Arc::new(RpcSource::default())).unwrap();
+            let release = Releases::begin(&bench.host, space, call_id("bye")).unwrap();
+            assert!(release.outcome().await.unwrap().is_quiesced());
+        }
+        let table = bench.host.releases().table.lock();
+        assert_eq!((table.by_space.len(), table.done.len()), (MOST_RELEASES_KEPT, MOST_RELEASES_KEPT));
+    }
+}

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use shootdown_core::lease::LeaseTerms;
+use shootdown_core::session::Enforcement;
 use shootdown_core::{DeviceId, Incarnation, PageSize};
 use shootdown_proto::message::MAX_NOTICES_A_MESSAGE;
 
@@ -41,8 +42,13 @@ pub struct DeviceConfig {
     /// in [`LeaseTerms`].
     pub lease_drift_ppm: u32,
     /// The time between a look at the lease and the last access which that look allowed: the longest
-    /// DMA. By default as in [`LeaseTerms`].
-    pub lease_margin: Duration,
+    /// DMA. `None`, the default: as in [`LeaseTerms::default_margin`], which is less for a short lease.
+    pub lease_margin: Option<Duration>,
+    /// Who stops the device when its lease has run out. By the device, by default: its word to the host agent
+    /// that nothing reaches the memory then, whatever hangs. The SDK refuses uses past the lease either way;
+    /// a vendor whose hardware may go on with what it began says [`Enforcement::ByNobody`], and is then not
+    /// admitted to strict address spaces unless the host agent has a fencer for it.
+    pub enforcement: Enforcement,
     /// How long connecting and the answer to Hello may take. 10 s by default: a host agent that was
     /// restarted waits for its old sessions first.
     pub connect_timeout: Duration,
@@ -99,7 +105,8 @@ impl DeviceConfig {
             page_sizes: vec![PageSize::BASE],
             change_pte: ChangePte::Unsupported,
             lease_drift_ppm: lease.drift_ppm,
-            lease_margin: lease.margin,
+            lease_margin: None,
+            enforcement: Enforcement::ByDevice,
             connect_timeout: Duration::from_secs(10),
             keepalive: Duration::from_secs(2),
             busy_poll: Duration::from_micros(100),

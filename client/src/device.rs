@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shootdown_core::lease::LeaseTerms;
+use shootdown_core::session::Enforcement;
 use shootdown_core::{Access, AddrRange, AddressSpaceId, Incarnation, SessionId};
 use shootdown_proto::error::Malformed;
 use shootdown_proto::message::{
@@ -339,7 +341,8 @@ async fn open(config: &DeviceConfig) -> Result<Opened, ConnectError> {
     }
     let sent = outgoing.on_welcome(welcome.session);
     let sent = sent.ok_or(ConnectError::Answer { what: "it came before Hello was sent" })?;
-    let gate = Gate::new(config.clock.clone(), config.lease_drift_ppm, config.lease_margin);
+    let margin = config.lease_margin.unwrap_or_else(|| LeaseTerms::default_margin(welcome.lease));
+    let gate = Gate::new(config.clock.clone(), config.lease_drift_ppm, margin);
     gate.on_granted(sent, welcome.lease);
     if gate.valid_until().is_none_or(|until| until <= sent) {
         return Err(ConnectError::LeaseTooShort { lease: welcome.lease });
@@ -354,8 +357,7 @@ fn hello(config: &DeviceConfig) -> Hello {
         versions: PROTOCOL_VERSIONS.to_vec(),
         window: Some(config.window),
         page_sizes: config.page_sizes.clone(),
-        // The gate does.
-        enforces_lease: true,
+        enforces_lease: config.enforcement == Enforcement::ByDevice,
         change_pte: config.change_pte == ChangePte::Supported,
         resume: None,
         clock_id: config.clock.identity(),

@@ -57,6 +57,7 @@ pub use tlb::{DeviceTlb, FlushAllCause, Flushed, Invalidation, Young};
 pub use shootdown_core::ack::ContiguityError;
 pub use shootdown_core::id::DeviceIdError;
 pub use shootdown_core::mapping::CommitError;
+pub use shootdown_core::session::Enforcement;
 pub use shootdown_core::{
     Access, AddrRange, AddressSpaceId, Cause, CauseSet, DeviceId, Epoch, FlushReason, FrameNumber,
     Incarnation, Moment, NoticeNumber, OwnerTag, PageSize, RangeError, Seq, SessionId, SubscriptionId,

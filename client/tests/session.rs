@@ -83,7 +83,7 @@ async fn uses_are_refused_from_the_moment_at_which_the_lease_runs_out() {
     let (clock, now) = manual_clock();
     let mut config = host.config();
     config.clock = clock;
-    (config.lease_drift_ppm, config.lease_margin) = (0, Duration::from_millis(100));
+    (config.lease_drift_ppm, config.lease_margin) = (0, Some(Duration::from_millis(100)));
     let (device, mut session) =
         host.connect_with(config, &tlb, |welcome| welcome.lease = Duration::from_millis(1000)).await;
     let _subscription = session.subscribe(&device, page(1)).await;
@@ -108,7 +108,7 @@ async fn a_lease_counts_from_when_the_heartbeat_was_sent() {
     let (clock, now) = manual_clock();
     let mut config = host.config();
     config.clock = clock;
-    (config.lease_drift_ppm, config.lease_margin) = (0, Duration::ZERO);
+    (config.lease_drift_ppm, config.lease_margin) = (0, Some(Duration::ZERO));
     let lease = Duration::from_millis(300);
     let (device, mut session) = host.connect_with(config, &tlb, |welcome| welcome.lease = lease).await;
     let gate = device.gate();

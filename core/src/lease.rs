@@ -33,6 +33,9 @@ const DEFAULT_DRIFT_PPM: u32 = 600;
 /// access that it allowed, on the host the time between the reading of the clock and its use.
 const DEFAULT_MARGIN: Duration = Duration::from_millis(100);
 
+/// The part of a lease that [`DEFAULT_MARGIN`] may take: of a lease of 50 ms it leaves 45.
+const DEFAULT_MARGINS_A_LEASE: u32 = 10;
+
 /// What host and device agree on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct LeaseTerms {
@@ -52,6 +55,12 @@ impl Default for LeaseTerms {
 }
 
 impl LeaseTerms {
+    /// The margin of a lease for which none is set: 100 ms, or a tenth of a lease that is shorter than 1 s.
+    #[must_use]
+    pub fn default_margin(duration: Duration) -> Duration {
+        DEFAULT_MARGIN.min(duration / DEFAULT_MARGINS_A_LEASE)
+    }
+
     /// How long after it sent a grant the host must wait, on its own clock: lengthened, rounded up.
     #[must_use]
     pub fn host_duration(&self) -> Duration {
@@ -248,6 +257,15 @@ mod tests {
         let terms = LeaseTerms { duration: millis(10), drift_ppm: 0, margin: Duration::ZERO };
         let host = HostLease::new(terms, Moment::ZERO);
         assert!(!host.is_expired(Moment::ZERO + millis(9)) && host.is_expired(Moment::ZERO + millis(10)));
+    }
+
+    #[test]
+    fn the_default_margin_leaves_most_of_a_short_lease() {
+        for (lease, margin) in [(50, 5), (999, 99), (1000, 100), (600_000, 100)] {
+            assert_eq!(LeaseTerms::default_margin(millis(lease)).as_millis(), margin);
+        }
+        let default = LeaseTerms::default();
+        assert_eq!(LeaseTerms::default_margin(default.duration), default.margin);
     }
 
     #[test]

@@ -14,11 +14,14 @@
 //!        | Severed |<-----------------------+          from Live and from Suspect
 //!        +---------+
 //!
-//!   Live, Suspect, Severed --- on_tick: the lease expired; on_fence_confirmed ---> Fenced
-//!   Live, Suspect, Severed --- on_left: "I flushed everything and leave" --------> Gone
+//!   Live, Suspect, Severed --- on_tick: the lease expired [1]; on_fence_confirmed -> Fenced
+//!   Live, Suspect, Severed --- on_left: "I flushed everything and leave" ---------> Gone
 //! ```
 //!
 //! Nothing leaves Fenced or Gone: a device that comes back gets a new session.
+//!
+//! \[1\] Only of a device that enforces its lease. Another one's lease says nothing about when it stops
+//! (FenceIsPositive): a fencer is asked ([`Effect::AskFencer`]), and until it confirms the session stays.
 
 mod effects;
 
@@ -55,6 +58,8 @@ pub struct SessionConfig {
     /// T_ack: for how long a notice may be unacked, or a stream undrained, before the session is
     /// Suspect.
     pub ack_timeout: Duration,
+    /// Whether its device stops by itself when its lease has run out.
+    pub enforcement: Enforcement,
     /// The bounds of its outbox.
     pub outbox: OutboxLimits,
     /// Subscriptions at a time.
@@ -70,12 +75,22 @@ impl Default for SessionConfig {
         Self {
             lease: LeaseTerms::default(),
             ack_timeout: DEFAULT_ACK_TIMEOUT,
+            enforcement: Enforcement::ByDevice,
             outbox: OutboxLimits::default(),
             max_subscriptions: DEFAULT_MAX_SUBSCRIPTIONS,
             max_ranges_per_subscription: DEFAULT_MAX_RANGES_PER_SUBSCRIPTION,
             max_faults_in_flight: DEFAULT_MAX_FAULTS_IN_FLIGHT,
         }
     }
+}
+
+/// Who stops a device whose lease has run out.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Enforcement {
+    /// The device itself, whether or not it can reach anybody: waiting for the end of its lease is a fence.
+    ByDevice,
+    /// Nobody: waiting proves nothing. Only an ack, its leave, or a fencer ends what waits for it.
+    ByNobody,
 }
 
 /// Where a session stands; see the module's head.
@@ -153,7 +168,8 @@ pub enum QuotaError {
 /// [`Effect::Resolve`]; and it does so within T_ack and a lease of being sent, if only
 /// [`Session::on_tick`] is called (BoundedResolution). The session itself never makes up an ack: a
 /// token resolves as Acked by the device's ack only, as Left by its word only, as Fenced by a fencer's
-/// word or the expiry of the lease only.
+/// word or the expiry of a lease that the device enforces only. For a device that does not enforce its
+/// lease there is no bound in here: who waits for it has one of its own, and is not told that it stopped.
 ///
 /// The price: a device that answers heartbeats but not notices loses its lease and everything it
 /// holds; and a slow one whose window never drains may keep what is still pending waiting for as many
@@ -168,6 +184,8 @@ pub struct Session<T> {
     outbox: Outbox<T>,
     /// Since when a notice could be sent and none was taken.
     undrained_since: Option<Moment>,
+    /// A fencer was asked for, and there is still reason to ask.
+    fencer_asked: bool,
     subscriptions: usize,
     faults_in_flight: usize,
 }
@@ -186,6 +204,7 @@ impl<T> Session<T> {
             lease: HostLease::new(config.lease, now),
             outbox: Outbox::new(config.outbox),
             undrained_since: None,
+            fencer_asked: false,
             subscriptions: 0,
             faults_in_flight: 0,
             config,
@@ -249,6 +268,7 @@ impl<T> Session<T> {
         if self.phase == Phase::Suspect && !self.is_overdue(now) {
             self.enter(Phase::Live, effects);
         }
+        self.fencer_asked &= self.wants_fencer(now);
         Ok(())
     }
 
@@ -256,9 +276,9 @@ impl<T> Session<T> {
     ///
     /// `None`, no renewal, unless the session is Live and nothing is overdue: a device that sends
     /// heartbeats and never acks would hold a round for ever (BoundedResolution). Nor is a lease
-    /// renewed that has expired, even if no tick has seen it yet.
+    /// renewed whose end is a fence, even if no tick has seen it yet.
     pub fn on_heartbeat(&mut self, now: Moment) -> Option<Duration> {
-        if self.phase != Phase::Live || self.is_overdue(now) || self.lease.is_expired(now) {
+        if self.phase != Phase::Live || self.is_overdue(now) || self.has_outlived_its_lease(now) {
             return None;
         }
         self.lease.grant(now);
@@ -301,17 +321,35 @@ impl<T> Session<T> {
         if self.phase.is_over() {
             return None;
         }
-        if self.lease.is_expired(now) {
+        if self.has_outlived_its_lease(now) {
             self.fence(effects);
             return None;
         }
         if self.phase == Phase::Live && self.is_overdue(now) {
             self.enter(Phase::Suspect, effects);
         }
+        if !self.fencer_asked && self.wants_fencer(now) {
+            self.fencer_asked = true;
+            effects.push(Effect::AskFencer);
+        }
         let expires = self.lease.expires();
+        let fenced_at = (self.config.enforcement == Enforcement::ByDevice).then_some(expires);
+        let (overdue_at, asked_at) = match self.phase {
+            Phase::Live => (self.overdue_at(), None),
+            Phase::Severed if !self.fencer_asked => (self.overdue_at(), Some(expires)),
+            _ => (None, None),
+        };
+        fenced_at.into_iter().chain(overdue_at).chain(asked_at).min()
+    }
+
+    /// Whether there is reason to cut the device off by force: it owes something for longer than `T_ack`; or
+    /// its stream is gone, and so is a lease whose end proves nothing.
+    #[must_use]
+    pub fn wants_fencer(&self, now: Moment) -> bool {
         match self.phase {
-            Phase::Live => Some(self.overdue_at().map_or(expires, |overdue| overdue.min(expires))),
-            _ => Some(expires),
+            Phase::Suspect => true,
+            Phase::Severed => self.is_overdue(now) || self.lease.is_expired(now),
+            Phase::Live | Phase::Fenced | Phase::Gone => false,
         }
     }
 
@@ -387,6 +425,12 @@ impl<T> Session<T> {
         self.lease.expires()
     }
 
+    /// Who stops its device when its lease has run out.
+    #[must_use]
+    pub fn enforcement(&self) -> Enforcement {
+        self.config.enforcement
+    }
+
     /// Its outbox.
     #[must_use]
     pub fn outbox(&self) -> &Outbox<T> {
@@ -432,6 +476,11 @@ impl<T> Session<T> {
         self.overdue_at().is_some_and(|overdue| overdue <= now)
     }
 
+    /// The lease has run out, and that says that the device has stopped.
+    fn has_outlived_its_lease(&self, now: Moment) -> bool {
+        self.config.enforcement == Enforcement::ByDevice && self.lease.is_expired(now)
+    }
+
     fn fence(&mut self, effects: &mut Effects<T>) {
         if self.phase.is_over() {
             return;
@@ -454,6 +503,8 @@ impl<T> Session<T> {
     fn enter(&mut self, to: Phase, effects: &mut Effects<T>) {
         effects.push(Effect::Phase { from: self.phase, to });
         self.phase = to;
+        // What it owed is acked: the next time that it owes something is another one.
+        self.fencer_asked &= to != Phase::Live;
     }
 }
 

@@ -184,7 +184,7 @@ async fn measure_refusals(host: Host, space: AddressSpaceId) -> Vec<u64> {
     for number in 0..BLOCK as u64 {
         let range = AddrRange::page_of(0x10_0000 + number * 4096, PageSize::BASE);
         let (cause, wait) = (Cause::Clear, Wait::NotAtAll);
-        let event = Event { address_space: space, range, cause, owner: None, wait };
+        let event = Event { address_space: space, range, cause, owner: None, wait, resident_pages: None };
         let began = clock.now();
         let round = host.invalidate_range_start(event).await;
         took.push(clock.now().as_nanos() - began.as_nanos());

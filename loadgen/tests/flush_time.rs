@@ -216,7 +216,8 @@ async fn two_devices_flush_at_the_same_time() {
     each_took_its_time(munmap);
 
     let (cause, wait) = (Cause::Unmap, Wait::ForTargets);
-    let event = Event { address_space: registered, range: PAGE, cause, owner: None, wait };
+    let event =
+        Event { address_space: registered, range: PAGE, cause, owner: None, wait, resident_pages: None };
     let (round, took) = timed(agent.host().invalidate_range_start(event)).await;
     let round = round.unwrap();
     println!("a round behind the same two: {took:?}");

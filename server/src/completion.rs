@@ -14,12 +14,14 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use shootdown_core::event::Event;
 use shootdown_core::round::{Progress, Resolution, Round};
+use shootdown_core::session::Enforcement;
 use shootdown_core::{Cause, DeviceId, Incarnation, Moment, SessionId};
 use tokio::sync::{Notify, OwnedSemaphorePermit, SetOnce};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::directory::AddressSpace;
+use crate::quarantine::{Charge, Parked};
 use crate::source::{RoundResult, RoundTimes, Verdict, Wait};
 use crate::vigil::Vigil;
 
@@ -34,6 +36,8 @@ pub(crate) struct WaitingRound {
     finished: SetOnce<()>,
     /// Cancelled when the round's task is dropped with its runtime: nobody will finish the round.
     lost: CancellationToken,
+    /// Whether each target is certain to stop: by nobody, if one of them is not.
+    enforcement: Enforcement,
     called: Moment,
     clock: Clock,
     host_incarnation: Incarnation,
@@ -44,6 +48,8 @@ struct Ledger {
     round: Round,
     bracket: EndedBy,
     dispatched: Moment,
+    /// Its caller was told that it is not quiesced, and keeps the pages until it is.
+    parked: Option<Parked>,
 }
 
 /// Who ends the bracket of a round.
@@ -87,15 +93,17 @@ impl WaitingRound {
         event: Event,
         targets: impl IntoIterator<Item = (SessionId, DeviceId)>,
         bracket: EndedBy,
+        enforcement: Enforcement,
         called: Moment,
         (clock, host_incarnation): (Clock, Incarnation),
     ) -> Self {
         let round = Round::new(event, targets, called);
         Self {
-            round: Mutex::new(Ledger { round, bracket, dispatched: called }),
+            round: Mutex::new(Ledger { round, bracket, dispatched: called, parked: None }),
             complete: Notify::new(),
             finished: SetOnce::new(),
             lost: CancellationToken::new(),
+            enforcement,
             called,
             clock,
             host_incarnation,
@@ -130,6 +138,31 @@ impl WaitingRound {
     pub(crate) fn is_settled(&self) -> bool {
         let ledger = self.round.lock();
         self.finished.initialized() && ledger.bracket != EndedBy::Caller
+    }
+
+    /// Its caller was told that it is not quiesced. What is parked is given back when it completes, which may
+    /// be now; a second time changes nothing.
+    pub(crate) fn park(&self, parked: Parked) {
+        let given_back = {
+            let mut ledger = self.round.lock();
+            if self.finished.initialized() || ledger.parked.is_some() {
+                Some(parked)
+            } else {
+                ledger.parked.replace(parked)
+            }
+        };
+        // Wakes who waits for room.
+        drop(given_back);
+    }
+
+    /// What of it is quarantined; `None`: it is not.
+    pub(crate) fn quarantined(&self) -> Option<Charge> {
+        self.round.lock().parked.as_ref().map(|parked| parked.charge)
+    }
+
+    /// Whether its targets are certain to stop.
+    pub(crate) fn enforcement(&self) -> Enforcement {
+        self.enforcement
     }
 
     /// Whether it waits for a target.
@@ -211,12 +244,12 @@ pub(crate) async fn own(round: Arc<WaitingRound>, owned: Owned, vigil: Arc<Vigil
 pub(crate) fn finish(round: &WaitingRound, owned: Owned) {
     let Owned { space, section, permit } = owned;
     drop(section);
-    let (event, bracket) = {
-        let ledger = round.round.lock();
+    let (event, bracket, parked) = {
+        let mut ledger = round.round.lock();
         // Under the lock, so that `on_end` either comes before, and leaves the end to this task, or
         // sees the round finished, and ends the bracket itself.
         round.finished.set(()).expect("a round is finished by its one task, once");
-        (*ledger.round.event(), ledger.bracket)
+        (*ledger.round.event(), ledger.bracket, ledger.parked.take())
     };
     // What is unmapped is not young any more; whatever else is invalidated may be asked for again.
     if matches!(event.cause, Cause::Unmap | Cause::Release) {
@@ -227,5 +260,5 @@ pub(crate) fn finish(round: &WaitingRound, owned: Owned) {
         // It stays listed, so that its caller can ask for the outcome until the end.
         EndedBy::Caller | EndedBy::Nobody => {}
     }
-    drop(permit);
+    drop((permit, parked));
 }

@@ -14,8 +14,10 @@ use shootdown_core::outbox::OutboxLimits;
 use shootdown_core::session::SessionConfig;
 
 use crate::clock::Clock;
+use crate::fence::{DevicePattern, Fencer, FencerRule};
 use crate::host::HostConfig;
 use crate::listen::ListenAddr;
+use crate::quarantine::QuarantineBudget;
 use crate::source::rpc::DEFAULT_FAULT_TIMEOUT;
 
 /// Rounds in flight of one address space. A round takes about half a kilobyte and what its targets
@@ -33,6 +35,20 @@ const DEFAULT_MEMORY_FRAMES: usize = 16_384;
 
 /// A round trip to a device on the same machine or in the same rack, and half of what KVM polls by default.
 const DEFAULT_BUSY_POLL: Duration = Duration::from_micros(100);
+
+/// Below it the heartbeats, three a lease, and the host agent's own ticks are a good part of it.
+const SHORTEST_LEASE: Duration = Duration::from_millis(50);
+
+/// Above it a device that died holds up its callers for longer than anybody waits.
+const LONGEST_LEASE: Duration = Duration::from_secs(3600);
+
+/// T_fence where nothing else is said: a switch or an IOMMU is told in milliseconds, a power controller in
+/// seconds.
+const DEFAULT_FENCE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// 1 GiB of pages that callers keep, in ranges that may be sparse.
+const DEFAULT_QUARANTINE_PAGES: u64 = 1 << 18;
+const DEFAULT_QUARANTINE_BYTES: u64 = 16 << 30;
 
 /// Of the memory source.
 const FRAME_BYTES: usize = 4096;
@@ -103,12 +119,31 @@ pub struct Settings {
     /// The most by which a device's clock and the host's differ, in parts per million [default: 600]
     #[arg(long, env = "SHOOTDOWND_LEASE_DRIFT_PPM")]
     pub lease_drift_ppm: Option<u32>,
-    /// Added to a lease on the host, taken away from it on the device [default: 100ms]
+    /// Added to a lease on the host, taken away from it on the device [default: 100ms, a tenth of a shorter lease]
     #[arg(long, env = "SHOOTDOWND_LEASE_MARGIN")]
     pub lease_margin: Option<Span>,
     /// How long a device may owe an ack before it is suspect and its lease not renewed [default: 1s]
     #[arg(long, env = "SHOOTDOWND_ACK_TIMEOUT")]
     pub ack_timeout: Option<Span>,
+    /// A program that cuts a device off which owes an ack for too long; exit status 0 confirms it [default: none]
+    #[arg(long, env = "SHOOTDOWND_FENCE_COMMAND", conflicts_with = "fence_endpoint")]
+    pub fence_command: Option<PathBuf>,
+    /// A FencerService that does: IP:PORT, tcp://IP:PORT or unix:/PATH [default: none]
+    #[arg(long, env = "SHOOTDOWND_FENCE_ENDPOINT")]
+    pub fence_endpoint: Option<ListenAddr>,
+    /// How long one attempt to cut a device off may take [default: 5s]
+    #[arg(long, env = "SHOOTDOWND_FENCE_TIMEOUT")]
+    pub fence_timeout: Option<Span>,
+    /// Fencers of certain devices, before the two above; in the file only.
+    #[arg(skip)]
+    #[serde(default)]
+    pub fencer: Vec<FencerSettings>,
+    /// The most bytes of ranges that may be quarantined before callers have to wait [default: 17179869184]
+    #[arg(long, env = "SHOOTDOWND_QUARANTINE_BYTES")]
+    pub quarantine_bytes: Option<u64>,
+    /// The most pages that may be [default: 262144]
+    #[arg(long, env = "SHOOTDOWND_QUARANTINE_PAGES")]
+    pub quarantine_pages: Option<u64>,
     /// The most notices of a session that are sent and not acked [default: 64]
     #[arg(long, env = "SHOOTDOWND_WINDOW")]
     pub window: Option<u32>,
@@ -152,6 +187,20 @@ pub struct Settings {
     /// How long a source may take to answer a fault over ServeFaults [default: 10s]
     #[arg(long, env = "SHOOTDOWND_SOURCE_FAULT_TIMEOUT")]
     pub source_fault_timeout: Option<Span>,
+}
+
+/// The fencer of certain devices: a `[[fencer]]` of the file.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FencerSettings {
+    /// Their names; `*` stands for any text.
+    pub devices: Vec<String>,
+    /// As `fence_command`.
+    pub command: Option<PathBuf>,
+    /// As `fence_endpoint`.
+    pub endpoint: Option<ListenAddr>,
+    /// As `fence_timeout`, which is its default.
+    pub timeout: Option<Span>,
 }
 
 /// Everything that a host agent needs to start.
@@ -221,6 +270,12 @@ pub enum ConfigError {
         /// Which.
         address: ListenAddr,
     },
+    /// A fencer that is no one, or two.
+    #[error("the fencer of {devices:?} must have either a command or an endpoint")]
+    Fencer {
+        /// Of which devices.
+        devices: Vec<String>,
+    },
     /// A number that cannot work.
     #[error("{setting} is {value}; it must be {expected}")]
     Value {
@@ -249,6 +304,11 @@ impl Settings {
     #[must_use]
     pub fn or(self, file: Self) -> Self {
         let list = |own: Vec<_>, other: Vec<_>| if own.is_empty() { other } else { own };
+        // The two are one setting: a flag for the one takes the place of the other in the file.
+        let (fence_command, fence_endpoint) = match (self.fence_command, self.fence_endpoint) {
+            (None, None) => (file.fence_command, file.fence_endpoint),
+            by_flag => by_flag,
+        };
         Self {
             listen: list(self.listen, file.listen),
             source_listen: list(self.source_listen, file.source_listen),
@@ -261,6 +321,12 @@ impl Settings {
             lease_drift_ppm: self.lease_drift_ppm.or(file.lease_drift_ppm),
             lease_margin: self.lease_margin.or(file.lease_margin),
             ack_timeout: self.ack_timeout.or(file.ack_timeout),
+            fence_timeout: self.fence_timeout.or(file.fence_timeout),
+            fence_command,
+            fence_endpoint,
+            fencer: if self.fencer.is_empty() { file.fencer } else { self.fencer },
+            quarantine_bytes: self.quarantine_bytes.or(file.quarantine_bytes),
+            quarantine_pages: self.quarantine_pages.or(file.quarantine_pages),
             window: self.window.or(file.window),
             max_pending: self.max_pending.or(file.max_pending),
             max_sessions: self.max_sessions.or(file.max_sessions),
@@ -303,6 +369,7 @@ impl Settings {
                 expected: "longer than 0",
             });
         }
+        let fencers = self.fencers()?;
         let own = rustix::process::geteuid().as_raw();
         let memory_frames =
             at_least_one("memory_frames", self.memory_frames.unwrap_or(DEFAULT_MEMORY_FRAMES))?;
@@ -335,6 +402,17 @@ impl Settings {
                     "max_rounds_in_flight",
                     self.max_rounds_in_flight.unwrap_or(DEFAULT_ROUNDS_IN_FLIGHT),
                 )?,
+                fencers,
+                quarantine: QuarantineBudget {
+                    bytes: at_least_one(
+                        "quarantine_bytes",
+                        self.quarantine_bytes.unwrap_or(DEFAULT_QUARANTINE_BYTES),
+                    )?,
+                    pages: at_least_one(
+                        "quarantine_pages",
+                        self.quarantine_pages.unwrap_or(DEFAULT_QUARANTINE_PAGES),
+                    )?,
+                },
                 stage_timing: self.stage_timing,
                 source_fault_timeout,
                 incarnation: incarnation(),
@@ -348,16 +426,25 @@ impl Settings {
 
     fn session(&self) -> Result<SessionConfig, ConfigError> {
         let defaults = SessionConfig::default();
+        let duration = self.lease.map_or(defaults.lease.duration, |span| span.0);
+        if !(SHORTEST_LEASE..=LONGEST_LEASE).contains(&duration) {
+            return Err(ConfigError::Value {
+                setting: "lease",
+                value: format!("{duration:?}"),
+                expected: "from 50ms to 1h",
+            });
+        }
+        let margin = LeaseTerms::default_margin(duration);
         let lease = LeaseTerms {
-            duration: self.lease.map_or(defaults.lease.duration, |span| span.0),
+            duration,
             drift_ppm: self.lease_drift_ppm.unwrap_or(defaults.lease.drift_ppm),
-            margin: self.lease_margin.map_or(defaults.lease.margin, |span| span.0),
+            margin: self.lease_margin.map_or(margin, |span| span.0),
         };
         if lease.device_duration().is_zero() {
             return Err(ConfigError::Value {
-                setting: "lease",
-                value: format!("{:?}", lease.duration),
-                expected: "longer than its margin and drift together, or no device could ever use it",
+                setting: "lease_margin",
+                value: format!("{:?}, with a drift of {} ppm", lease.margin, lease.drift_ppm),
+                expected: "shorter than the lease less its drift, or no device could ever use it",
             });
         }
         let ack_timeout = self.ack_timeout.map_or(defaults.ack_timeout, |span| span.0);
@@ -382,6 +469,48 @@ impl Settings {
             max_faults_in_flight: self.max_faults_in_flight.unwrap_or(defaults.max_faults_in_flight),
             ..defaults
         })
+    }
+}
+
+impl Settings {
+    /// Those of certain devices first, then that of all.
+    fn fencers(&self) -> Result<Vec<FencerRule>, ConfigError> {
+        let for_all = FencerSettings {
+            devices: vec!["*".to_owned()],
+            command: self.fence_command.clone(),
+            endpoint: self.fence_endpoint.clone(),
+            timeout: None,
+        };
+        let is_set = for_all.command.is_some() || for_all.endpoint.is_some();
+        self.fencer.iter().chain(is_set.then_some(&for_all)).map(|fencer| self.fencer_rule(fencer)).collect()
+    }
+
+    fn fencer_rule(&self, fencer: &FencerSettings) -> Result<FencerRule, ConfigError> {
+        let who = match (&fencer.command, &fencer.endpoint) {
+            (Some(program), None) if program.is_absolute() => Fencer::Command(program.clone()),
+            (Some(program), None) => {
+                return Err(ConfigError::Value {
+                    setting: "fence_command",
+                    value: program.display().to_string(),
+                    expected: "an absolute path",
+                });
+            }
+            (None, Some(address)) if address.is_local() || self.insecure => Fencer::Service(address.clone()),
+            (None, Some(address)) => return Err(ConfigError::Plaintext { address: address.clone() }),
+            (None, None) | (Some(_), Some(_)) => {
+                return Err(ConfigError::Fencer { devices: fencer.devices.clone() });
+            }
+        };
+        let time_limit = fencer.timeout.or(self.fence_timeout).map_or(DEFAULT_FENCE_TIMEOUT, |span| span.0);
+        if time_limit.is_zero() {
+            return Err(ConfigError::Value {
+                setting: "fence_timeout",
+                value: "0s".to_owned(),
+                expected: "longer than 0",
+            });
+        }
+        let devices = fencer.devices.iter().map(|pattern| DevicePattern::new(pattern)).collect();
+        Ok(FencerRule { devices, fencer: who, time_limit })
     }
 }
 
@@ -420,11 +549,66 @@ mod tests {
         assert!(refused("listen = ['127.0.0.1']").contains("IP:PORT"));
         assert!(refused("listen = ['127.0.0.1:1']\nwindow = 0").contains("window is 0"));
         assert!(refused("listen = ['127.0.0.1:1']\nmemory_limit_bytes = 4095").contains("at least a page"));
-        assert!(refused("listen = ['127.0.0.1:1']\nlease = '50ms'").contains("lease"));
+        assert!(
+            refused("listen = ['127.0.0.1:1']\nlease = '49ms'")
+                .contains("lease is 49ms; it must be from 50ms")
+        );
+        assert!(refused("listen = ['127.0.0.1:1']\nlease = '2h'").contains("to 1h"));
+        let no_margin = "listen = ['127.0.0.1:1']\nlease = '100ms'\nlease_margin = '100ms'";
+        assert!(refused(no_margin).contains("lease_margin is 100ms"));
         assert!(refused("listen = ['127.0.0.1:1']\nlease = 'soon'").contains("lease"));
         assert!(refused("listen = ['127.0.0.1:1']\nsource_fault_timeout = '0s'").contains("longer than 0"));
         assert!(
             refused("listen = ['127.0.0.1:1']\nadmin_listen = ['127.0.0.1:2']").contains("no Unix socket")
+        );
+    }
+
+    #[test]
+    fn a_short_lease_has_a_margin_that_leaves_most_of_it() {
+        let lease =
+            |text: &str| settings(&format!("listen = ['127.0.0.1:1']\n{text}")).unwrap().host.session.lease;
+        assert_eq!(lease("").margin, Duration::from_millis(100));
+        assert_eq!(lease("lease = '50ms'").margin, Duration::from_millis(5));
+        assert!(lease("lease = '50ms'").device_duration() > Duration::from_millis(44));
+        assert_eq!(lease("lease = '1h'").margin, Duration::from_millis(100));
+        assert_eq!(lease("lease = '1s'\nlease_margin = '10ms'").margin, Duration::from_millis(10));
+    }
+
+    #[test]
+    fn each_device_has_the_first_fencer_that_means_it() {
+        let fencers = |text: &str| {
+            settings(&format!("listen = ['127.0.0.1:1']\n{text}")).map(|config| config.host.fencers)
+        };
+        assert_eq!(fencers("").unwrap(), []);
+        let all = "fence_command = '/all'\nfence_timeout = '2s'\n";
+        let some = "[[fencer]]\ndevices = ['gpu*']\nendpoint = 'unix:/f'\ntimeout = '1s'\n";
+        let rules = fencers(&format!("{all}{some}")).unwrap();
+        assert_eq!(rules.len(), 2);
+        assert_eq!(rules[0].fencer, Fencer::Service("unix:/f".parse().unwrap()));
+        assert_eq!(
+            (rules[0].time_limit, rules[1].time_limit),
+            (Duration::from_secs(1), Duration::from_secs(2))
+        );
+        assert_eq!(
+            (&rules[1].devices[0], &rules[1].fencer),
+            (&DevicePattern::every(), &Fencer::Command("/all".into()))
+        );
+        let refused = |text: &str| fencers(text).unwrap_err();
+        assert!(refused("[[fencer]]\ndevices = ['a']").contains("either a command or an endpoint"));
+        assert!(refused("fence_command = 'fence'").contains("absolute path"));
+        assert!(refused("fence_endpoint = '10.0.0.1:1'").contains("--insecure"));
+        assert!(refused("fence_command = '/f'\nfence_timeout = '0s'").contains("fence_timeout"));
+        assert!(refused("quarantine_pages = 0").contains("quarantine_pages"));
+    }
+
+    #[test]
+    fn a_fencer_by_flag_takes_the_place_of_the_other_kind_in_the_file() {
+        let file: Settings = toml::from_str("listen = ['127.0.0.1:1']\nfence_endpoint = 'unix:/f'").unwrap();
+        let flags = Settings { fence_command: Some("/c".into()), ..Settings::default() };
+        let fencers = flags.or(file).resolve().unwrap().host.fencers;
+        assert_eq!(
+            fencers.iter().map(|rule| &rule.fencer).collect::<Vec<_>>(),
+            [&Fencer::Command("/c".into())]
         );
     }
 

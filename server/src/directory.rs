@@ -18,7 +18,7 @@ use tokio::sync::{Notify, Semaphore};
 
 use crate::completion::WaitingRound;
 use crate::session::SessionHandle;
-use crate::source::{NotifyError, Translate};
+use crate::source::{NotifyError, Strictness, Translate};
 
 /// Every address space of this host agent, by its id.
 ///
@@ -71,6 +71,7 @@ impl Directory {
         &self,
         name: &str,
         source: Arc<dyn Translate>,
+        strictness: Strictness,
     ) -> Result<Arc<AddressSpace>, NotifyError> {
         let mut next = self.next.lock();
         if self.spaces.len() >= self.most {
@@ -81,7 +82,7 @@ impl Directory {
         }
         let id = next.address_space;
         next.address_space = id.next();
-        Ok(self.insert(id, name, source))
+        Ok(self.insert(id, name, source, strictness))
     }
 
     /// Makes an address space known by the name that an earlier run gave it.
@@ -90,6 +91,7 @@ impl Directory {
         id: AddressSpaceId,
         name: &str,
         source: Arc<dyn Translate>,
+        strictness: Strictness,
     ) -> Result<Arc<AddressSpace>, NotifyError> {
         let mut next = self.next.lock();
         let of_this_run = next.first_address_space <= id && id < next.address_space;
@@ -102,12 +104,18 @@ impl Directory {
             return Err(NotifyError::TooManyAddressSpaces { most: self.most });
         }
         next.taken_back.insert(id);
-        Ok(self.insert(id, name, source))
+        Ok(self.insert(id, name, source, strictness))
     }
 
-    fn insert(&self, id: AddressSpaceId, name: &str, source: Arc<dyn Translate>) -> Arc<AddressSpace> {
-        let space =
-            Arc::new(AddressSpace::new(id, name, source, self.rounds_per_space, self.host_incarnation));
+    fn insert(
+        &self,
+        id: AddressSpaceId,
+        name: &str,
+        source: Arc<dyn Translate>,
+        strictness: Strictness,
+    ) -> Arc<AddressSpace> {
+        let (most_rounds, run) = (self.rounds_per_space, self.host_incarnation);
+        let space = Arc::new(AddressSpace::new(id, name, source, strictness, most_rounds, run));
         self.spaces.insert(id, Arc::clone(&space));
         space
     }
@@ -151,6 +159,7 @@ pub(crate) struct AddressSpace {
     pub(crate) id: AddressSpaceId,
     pub(crate) name: String,
     pub(crate) source: Arc<dyn Translate>,
+    pub(crate) strictness: Strictness,
     pub(crate) subscribers: Srcu<Interest<Arc<SessionHandle>>>,
     pub(crate) order: Mutex<Order>,
     pub(crate) rounds: Mutex<BTreeMap<Seq, Arc<WaitingRound>>>,
@@ -177,6 +186,7 @@ impl AddressSpace {
         id: AddressSpaceId,
         name: &str,
         source: Arc<dyn Translate>,
+        strictness: Strictness,
         most_rounds: usize,
         host_incarnation: Incarnation,
     ) -> Self {
@@ -188,6 +198,7 @@ impl AddressSpace {
             id,
             name: name.to_owned(),
             source,
+            strictness,
             subscribers: Srcu::new(domain, Interest::default()),
             order: Mutex::default(),
             rounds: Mutex::default(),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use shootdown_core::interest::Target;
 use shootdown_core::round::{Outcome, TargetReport};
+use shootdown_core::session::Enforcement;
 use shootdown_core::{AddrRange, Cause, Event, Method, Moment, OwnerTag, Seq};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
@@ -91,7 +92,8 @@ impl AddressSpace {
         };
         let names = targets.iter().map(|target| (target.session, target.handle.device.clone()));
         let run = (clock, self.host_incarnation);
-        let round = Arc::new(WaitingRound::new(event, names, call.bracket, called, run));
+        let enforcement = weakest(&targets);
+        let round = Arc::new(WaitingRound::new(event, names, call.bracket, enforcement, called, run));
         self.rounds.lock().insert(seq, Arc::clone(&round));
         let sent = send(event, &targets, &round, clock.now());
         drop(order);
@@ -179,6 +181,12 @@ fn understood(method: Method, session: &SessionHandle) -> Method {
         Method::ChangePte(_) if !session.change_pte => Method::Invalidate,
         other => other,
     }
+}
+
+/// By nobody, if there is a target that nobody stops.
+fn weakest(targets: &[Target<Arc<SessionHandle>>]) -> Enforcement {
+    let mut enforcements = targets.iter().map(|target| target.handle.enforcement);
+    enforcements.find(|each| *each == Enforcement::ByNobody).unwrap_or(Enforcement::ByDevice)
 }
 
 fn in_the_way(targets: &[Target<Arc<SessionHandle>>]) -> Vec<TargetReport> {

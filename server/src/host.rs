@@ -6,11 +6,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use shootdown_core::session::SessionConfig;
+use shootdown_core::session::{Enforcement, SessionConfig};
 use shootdown_core::{
     AddrRange, AddressSpaceId, Cause, Incarnation, Method, Moment, OwnerTag, PageSize, Seq, Translation,
 };
-use tokio::sync::TryAcquireError;
+use tokio::sync::{TryAcquireError, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -18,9 +18,13 @@ use crate::clock::Clock;
 use crate::completion::{End, EndedBy, WaitingRound};
 use crate::directory::{AddressSpace, Directory};
 use crate::dispatch::{Call, Dispatched, Leave};
+use crate::fence::{FencerRule, Fencers};
+use crate::quarantine::{self, Quarantine, QuarantineBudget};
 use crate::session::registry::Registry;
 use crate::source::rpc::retries::{Releases, Try};
-use crate::source::{Invalidation, Notifier, NotifyError, RoundResult, RoundTimes, Translate, Verdict, Wait};
+use crate::source::{
+    Invalidation, Notifier, NotifyError, RoundResult, RoundTimes, Strictness, Translate, Verdict, Wait,
+};
 
 /// What a host agent allows and expects.
 #[derive(Debug, Clone)]
@@ -33,6 +37,10 @@ pub struct HostConfig {
     pub max_address_spaces: usize,
     /// Rounds in flight at a time, in one address space. A source that can wait waits for a place.
     pub max_rounds_in_flight: usize,
+    /// Who cuts devices off that owe an ack; the first rule that means a device is its own.
+    pub fencers: Vec<FencerRule>,
+    /// How much may be quarantined before callers have to wait.
+    pub quarantine: QuarantineBudget,
     /// Ask the devices to say when they received and flushed each notice. Costs a report an ack.
     pub stage_timing: bool,
     /// How long a source may take to answer a fault over `ServeFaults`.
@@ -56,7 +64,9 @@ struct Inner {
     directory: Directory,
     registry: Registry,
     releases: Releases,
-    /// Owns the rounds, the faults, the sessions.
+    fencers: Fencers,
+    quarantine: Arc<Quarantine>,
+    /// Owns the rounds, the faults, the sessions, the attempts to fence.
     tasks: TaskTracker,
     /// Cancelled when the host agent begins to stop.
     stopping: CancellationToken,
@@ -71,11 +81,15 @@ impl Host {
         let directory =
             Directory::new(config.max_address_spaces, config.max_rounds_in_flight, config.incarnation);
         let registry = Registry::new(config.max_sessions);
+        let fencers = Fencers::new(config.fencers.clone());
+        let quarantine = Arc::new(Quarantine::new(config.quarantine));
         Self(Arc::new(Inner {
             config,
             directory,
             registry,
             releases: Releases::default(),
+            fencers,
+            quarantine,
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
             control,
@@ -94,6 +108,15 @@ impl Host {
         &self.0.releases
     }
 
+    pub(crate) fn fencers(&self) -> &Fencers {
+        &self.0.fencers
+    }
+
+    pub(crate) fn quarantine(&self) -> &Arc<Quarantine> {
+        &self.0.quarantine
+    }
+
+    /// Where tasks run that belong to no session.
     pub(crate) fn control(&self) -> &tokio::runtime::Handle {
         &self.0.control
     }
@@ -132,6 +155,32 @@ impl Host {
         self.0.config.clock
     }
 
+    /// `T_ack + T_fence`: when a round is answered that waits for a device which is not certain to stop
+    /// (BoundedResolution). `T_fence` is what a device that enforces its lease takes to be fenced, or one
+    /// attempt of the slowest fencer, whichever is longer.
+    fn bound(&self) -> Duration {
+        let session = self.session_config();
+        session.ack_timeout + session.lease.host_duration().max(self.fencers().longest_attempt())
+    }
+
+    /// Makes an address space known. By [`Notifier::register`] it is strict.
+    ///
+    /// # Errors
+    /// [`NotifyError::TooManyAddressSpaces`], [`NotifyError::Stopping`].
+    pub fn register_address_space(
+        &self,
+        name: &str,
+        source: Arc<dyn Translate>,
+        strictness: Strictness,
+    ) -> Result<AddressSpaceId, NotifyError> {
+        if self.is_stopping() {
+            return Err(NotifyError::Stopping);
+        }
+        let space = self.directory().register(name, source, strictness)?;
+        tracing::debug!(address_space = space.id.get(), name, source = space.source.source(), "registered");
+        Ok(space.id)
+    }
+
     /// Rounds that wait for a target, in all address spaces.
     #[must_use]
     pub fn rounds_in_flight(&self) -> usize {
@@ -148,11 +197,12 @@ impl Host {
         id: AddressSpaceId,
         name: &str,
         source: Arc<dyn Translate>,
+        strictness: Strictness,
     ) -> Result<(), NotifyError> {
         if self.is_stopping() {
             return Err(NotifyError::Stopping);
         }
-        let space = self.directory().take_back(id, name, source)?;
+        let space = self.directory().take_back(id, name, source, strictness)?;
         tracing::debug!(address_space = id.get(), name, source = space.source.source(), "taken back");
         Ok(())
     }
@@ -178,7 +228,7 @@ impl Host {
         let last_seq = space.order.lock().gate.last_seq();
         let waiting = space.rounds.lock().get(&seq).cloned();
         if let Some(round) = waiting {
-            return Ok(round.wait(wait).await);
+            return Ok(round.wait(self.bounded(wait, &round)).await);
         }
         if Some(seq) > last_seq {
             return Err(NotifyError::BracketUnknown { address_space, seq });
@@ -197,12 +247,74 @@ impl Host {
     ) -> Result<Dispatched, NotifyError> {
         let leave = match wait {
             Wait::NotAtAll => Leave::NotToWait,
-            Wait::ForTargets | Wait::AtMost(_) => place(space, wait).await?,
+            Wait::ForTargets | Wait::AtMost(_) => {
+                self.room_in_quarantine(space, &call, wait).await?;
+                place(space, self.rest(wait, called)).await?
+            }
         };
         if self.is_stopping() && call.method != Method::Release {
             return Err(NotifyError::Stopping);
         }
-        space.open_round(call, leave, called, self.clock(), self.tasks())
+        let (method, quarantine) = (call.method, self.quarantine());
+        let dispatched = space.open_round(call, leave, called, self.clock(), self.tasks())?;
+        if matches!(dispatched, Dispatched::WouldBlock(_))
+            && quarantine::parks(method)
+            && quarantine.is_full()
+        {
+            return Err(self.quarantine_full());
+        }
+        Ok(dispatched)
+    }
+
+    /// Waits while the quarantine's budget is spent and the call's pages could come there as well; see
+    /// [`crate::quarantine`].
+    async fn room_in_quarantine(
+        &self,
+        space: &AddressSpace,
+        call: &Call,
+        wait: Wait,
+    ) -> Result<(), NotifyError> {
+        let might_be_parked = || {
+            let until_the_end = matches!(wait, Wait::ForTargets);
+            call.method != Method::Release
+                && quarantine::parks(call.method)
+                && space
+                    .subscribers
+                    .read()
+                    .targets(call.range, call.cause, call.method)
+                    .iter()
+                    .any(|target| !until_the_end || target.handle.enforcement == Enforcement::ByNobody)
+        };
+        let room = async {
+            loop {
+                let freed = self.quarantine().freed();
+                tokio::pin!(freed);
+                // Before the look, so that no charge is given back unheard between the two.
+                freed.as_mut().enable();
+                if !self.quarantine().is_full() || !might_be_parked() {
+                    return;
+                }
+                freed.await;
+            }
+        };
+        let limit = match wait {
+            Wait::AtMost(limit) => limit,
+            Wait::ForTargets | Wait::NotAtAll => self.bound(),
+        };
+        if !self.quarantine().is_full() {
+            return Ok(());
+        }
+        tokio::time::timeout(limit, room).await.map_err(|_| self.quarantine_full())
+    }
+
+    fn quarantine_full(&self) -> NotifyError {
+        let (parked, budget) = (self.quarantine().parked(), self.quarantine().budget());
+        NotifyError::QuarantineFull {
+            bytes: parked.bytes,
+            pages: parked.pages,
+            most_bytes: budget.bytes,
+            most_pages: budget.pages,
+        }
     }
 
     /// The same for a call that may be a retry: then an earlier try has opened the round, or is about to.
@@ -233,6 +345,32 @@ impl Host {
         }
     }
 
+    /// A wait for a device that is not certain to stop has a bound, whatever its caller says.
+    fn bounded(&self, wait: Wait, round: &WaitingRound) -> Wait {
+        match wait {
+            Wait::ForTargets if round.enforcement() == Enforcement::ByNobody => Wait::AtMost(self.bound()),
+            other => other,
+        }
+    }
+
+    /// [8], as the caller sees it. Who is not told that its pages may go has to keep them.
+    async fn answer(
+        &self,
+        round: &Arc<WaitingRound>,
+        wait: Wait,
+        called: Moment,
+        resident_pages: Option<u64>,
+    ) -> RoundResult {
+        let result = round.wait(self.bounded(self.rest(wait, called), round)).await;
+        if result.verdict == Verdict::NotQuiesced {
+            let event = round.look(|round| *round.event());
+            if quarantine::parks(event.method) {
+                round.park(self.quarantine().park(&event, resident_pages));
+            }
+        }
+        result
+    }
+
     /// A whole method whose bracket is its own: opens, waits, and the round's task ends the bracket.
     async fn bracketed(
         &self,
@@ -247,7 +385,7 @@ impl Host {
         let space = self.directory().expect(address_space)?;
         let call = Call { range, method, cause, owner, bracket: EndedBy::Task };
         match self.open_once(&space, call, wait, called, retry).await? {
-            Dispatched::Open(round) => Ok(round.wait(self.rest(wait, called)).await),
+            Dispatched::Open(round) => Ok(self.answer(&round, wait, called, None).await),
             Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
         }
     }
@@ -259,7 +397,7 @@ impl Host {
         retry: Option<&Try<'_>>,
     ) -> Result<RoundResult, NotifyError> {
         let called = self.clock().now();
-        let Invalidation { address_space, range, cause, owner, wait } = invalidation;
+        let Invalidation { address_space, range, cause, owner, wait, resident_pages } = invalidation;
         let space = self.directory().expect(address_space)?;
         let call = Call { range, method: Method::Invalidate, cause, owner, bracket: EndedBy::Caller };
         match self.open_once(&space, call, wait, called, retry).await? {
@@ -269,7 +407,7 @@ impl Host {
                 // that may be open.
                 let answered = retry.is_some();
                 let mut caller = Unanswered { space: &space, round: &round, answered, clock: self.clock() };
-                let result = round.wait(self.rest(wait, called)).await;
+                let result = self.answer(&round, wait, called, resident_pages).await;
                 caller.answered = true;
                 Ok(result)
             }
@@ -342,8 +480,13 @@ impl Host {
         }
     }
 
-    /// Runs to its end whatever becomes of the caller: see [`Notifier::release`].
-    async fn release_to_its_end(self, space: Arc<AddressSpace>) -> Result<RoundResult, NotifyError> {
+    /// Runs to its end whatever becomes of the caller: see [`Notifier::release`]. Where a device did not stop
+    /// in time the caller is told so before the end, which comes when the device has.
+    async fn release_to_its_end(
+        self,
+        space: Arc<AddressSpace>,
+        caller: oneshot::Sender<Result<RoundResult, NotifyError>>,
+    ) {
         let called = self.clock().now();
         let call = Call {
             range: AddrRange::ALL,
@@ -352,14 +495,25 @@ impl Host {
             owner: None,
             bracket: EndedBy::Nobody,
         };
-        let result = match self.open(&space, call, Wait::ForTargets, called).await? {
-            Dispatched::Open(round) => {
-                // Held faults look again, and find the address space released.
-                space.bracket_ended.notify_waiters();
-                round.wait(Wait::ForTargets).await
-            }
-            Dispatched::WouldBlock(targets) => return Ok(self.would_block(targets, called)),
+        let mut caller = Some(caller);
+        // A caller that has gone away hears nothing.
+        let mut tell = |answer| drop(caller.take().map(|caller| caller.send(answer)));
+        let round = match self.open(&space, call, Wait::ForTargets, called).await {
+            Ok(Dispatched::Open(round)) => round,
+            Ok(Dispatched::WouldBlock(targets)) => return tell(Ok(self.would_block(targets, called))),
+            Err(error) => return tell(Err(error)),
         };
+        // Held faults look again, and find the address space released.
+        space.bracket_ended.notify_waiters();
+        let mut result = self.answer(&round, Wait::ForTargets, called, None).await;
+        if !result.is_quiesced() {
+            tell(Ok(result));
+            result = round.wait(Wait::ForTargets).await;
+            if !result.is_quiesced() {
+                // Its runtime is gone: the host agent was cut.
+                return;
+            }
+        }
         let subscribers = space.subscribers.update_with(|interest| {
             let handles: Vec<_> =
                 interest.subscriptions().map(|subscription| Arc::clone(&subscription.handle)).collect();
@@ -371,18 +525,13 @@ impl Host {
         space.subscribers.synchronize().await;
         self.directory().forget(space.id);
         space.source.on_released();
-        Ok(result)
+        tell(Ok(result));
     }
 }
 
 impl Notifier for Host {
     fn register(&self, name: &str, source: Arc<dyn Translate>) -> Result<AddressSpaceId, NotifyError> {
-        if self.is_stopping() {
-            return Err(NotifyError::Stopping);
-        }
-        let space = self.directory().register(name, source)?;
-        tracing::debug!(address_space = space.id.get(), name, source = space.source.source(), "registered");
-        Ok(space.id)
+        self.register_address_space(name, source, Strictness::Strict)
     }
 
     async fn invalidate_range_start(&self, invalidation: Invalidation) -> Result<RoundResult, NotifyError> {
@@ -447,9 +596,10 @@ impl Notifier for Host {
 
     async fn release(&self, address_space: AddressSpaceId) -> Result<RoundResult, NotifyError> {
         let space = self.directory().expect(address_space)?;
-        let whole = self.0.tasks.spawn_on(self.clone().release_to_its_end(space), &self.0.control);
+        let (caller, answer) = oneshot::channel();
+        drop(self.0.tasks.spawn_on(self.clone().release_to_its_end(space, caller), &self.0.control));
         // The task is not aborted and does not panic, so this fails only when the runtime is gone.
-        whole.await.unwrap_or(Err(NotifyError::Stopping))
+        answer.await.unwrap_or(Err(NotifyError::Stopping))
     }
 }
 

@@ -23,6 +23,8 @@ mod directory;
 mod dispatch;
 mod session;
 mod completion;
+mod fence;
+mod quarantine;
 mod vigil;
 mod host;
 mod service;
@@ -33,6 +35,8 @@ mod watchdog;
 mod start;
 pub mod telemetry;
 
+pub use fence::{DevicePattern, Fencer, FencerRule};
 pub use host::{Host, HostConfig};
 pub use listen::{ListenAddr, ListenAddrError};
+pub use quarantine::QuarantineBudget;
 pub use start::{Addresses, Running, StartError, start};

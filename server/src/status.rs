@@ -26,6 +26,7 @@ pub(crate) const fn notify_reason(error: &NotifyError) -> Reason {
         NotifyError::Released(_) => Reason::AddressSpaceReleased,
         NotifyError::BracketUnknown { .. } => Reason::RoundUnknown,
         NotifyError::TooManyRounds { .. } => Reason::RoundQuota,
+        NotifyError::QuarantineFull { .. } => Reason::QuarantineFull,
         NotifyError::TooManyAddressSpaces { .. } => Reason::AddressSpaceQuota,
         NotifyError::AddressSpaceTaken(_) => Reason::FieldInvalid,
         NotifyError::Stopping => Reason::Draining,

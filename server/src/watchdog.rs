@@ -71,7 +71,7 @@ fn look(host: &Host, space: &AddressSpace) {
                 range = %event.range,
                 age = ?now.since(round.opened()),
                 ?missing,
-                "rounds wait for devices; each device is fenced when its lease ends",
+                "rounds wait for devices; each device is fenced when its lease ends, if it enforces it, or by its fencer",
             );
         });
     }

@@ -94,12 +94,13 @@ async fn an_unsupported_version_is_answered_with_the_supported_ones() {
 }
 
 #[tokio::test]
-async fn a_device_that_does_not_enforce_its_lease_is_refused() {
+async fn a_device_that_does_not_enforce_its_lease_is_refused_in_a_strict_address_space() {
     let scene = Scene::start().await;
     let mut device = Device::connect(&scene.agent).await;
-    device.ask(Ask::Hello(v1::Hello { capabilities: None, ..Device::hello_of("unbound") })).await;
-    let (error, _) = device.last_word().await;
-    assert_eq!(error.reason(), Reason::LeaseRequired);
+    device.welcomed(v1::Hello { capabilities: None, ..Device::hello_of("unbound") }).await;
+    let refused = device.try_subscribe(scene.space.get(), vec![wire(pages(1, 1))]).await.unwrap_err();
+    assert_eq!((refused.reason(), refused.fatal), (Reason::LeaseRequired, false));
+    device.settled().await;
     scene.unharmed().await;
 }
 

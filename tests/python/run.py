@@ -202,10 +202,15 @@ def a_refusal_names_its_reason_and_the_session_goes_on(host, threads):
     device.leave()
 
 
-def a_device_that_keeps_no_lease_gets_no_session(host, threads):
+def a_device_that_keeps_no_lease_gets_no_memory_that_is_strict(host, threads):
     hello = PB.Hello(device_id="python6", incarnation=1, protocol_versions=[1])
-    error = only_answer(host, hello)
-    assert error.fatal and reason(error) == "LEASE_REQUIRED", error
+    ask = PB.Subscribe(request_id=1, address_space_id=mapped(host, 1))
+    ask.ranges.add(start=START, end=START + PAGE)
+    says = iter([PB.SessionRequest(hello=hello), PB.SessionRequest(subscribe=ask)])
+    stream = SERVICES.DeviceServiceStub(host.devices).Session(says)
+    assert next(stream).WhichOneof("message") == "welcome"
+    error = next(stream).error
+    assert not error.fatal and reason(error) == "LEASE_REQUIRED" and error.request_id == 1, error
     hello.protocol_versions[:] = [7, 9]
     error = only_answer(host, hello)
     assert reason(error) == "VERSION_UNSUPPORTED" and list(error.supported_versions) == [1], error
@@ -352,7 +357,7 @@ TESTS = (
     leave_stands_for_an_ack_of_everything,
     a_source_in_another_language_is_told_who_is_missing,
     a_refusal_names_its_reason_and_the_session_goes_on,
-    a_device_that_keeps_no_lease_gets_no_session,
+    a_device_that_keeps_no_lease_gets_no_memory_that_is_strict,
     a_device_whose_host_agent_falls_silent_fails_closed,
     a_message_that_is_refused_leaves_the_session_alone,
     whatever_a_device_may_have_used_is_young,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
+use shootdown_core::session::Enforcement;
 use shootdown_core::{AddrRange, AddressSpaceId, DeviceId, PageSize};
 
 use super::accelerator::{AcceleratorConfig, WritePolicy};
@@ -80,6 +81,9 @@ struct Settings {
     /// Take a replacement translation instead of an invalidation (change_pte). Default: false.
     #[arg(long, env = "SHOOTDOWN_AGENT_CHANGE_PTE", num_args = 0..=1, default_missing_value = "true", global = true)]
     change_pte: Option<bool>,
+    /// Promise the host agent that nothing here reaches its memory when the lease has run out. Default: true.
+    #[arg(long, env = "SHOOTDOWN_AGENT_ENFORCES_LEASE", num_args = 0..=1, default_missing_value = "true", global = true)]
+    enforces_lease: Option<bool>,
     /// How long a flush takes: none, fixed:500us, exp:1ms or pareto:200us,1.5. Default: none.
     #[arg(long, env = "SHOOTDOWN_AGENT_FLUSH_TIME", global = true)]
     flush_time: Option<FlushTime>,
@@ -134,6 +138,8 @@ pub struct Config {
     pub accelerator: AcceleratorConfig,
     /// Whether replacement translations are taken.
     pub change_pte: ChangePte,
+    /// Who stops the device when its lease has run out.
+    pub enforcement: Enforcement,
     /// The longest that the session polls before it sleeps; `None`: the SDK's default.
     pub busy_poll: Option<Duration>,
     /// How many of the workers' accesses are reads, 0 to 1.
@@ -233,6 +239,7 @@ impl Settings {
             cache_pages: self.cache_pages.or(less.cache_pages),
             write_policy: self.write_policy.or(less.write_policy),
             change_pte: self.change_pte.or(less.change_pte),
+            enforces_lease: self.enforces_lease.or(less.enforces_lease),
             flush_time: self.flush_time.or(less.flush_time),
             busy_poll: self.busy_poll.or(less.busy_poll),
             read_ratio: self.read_ratio.or(less.read_ratio),
@@ -306,6 +313,10 @@ impl Settings {
             change_pte: match self.change_pte.unwrap_or(false) {
                 true => ChangePte::Supported,
                 false => ChangePte::Unsupported,
+            },
+            enforcement: match self.enforces_lease.unwrap_or(true) {
+                true => Enforcement::ByDevice,
+                false => Enforcement::ByNobody,
             },
             busy_poll,
             read_ratio,
@@ -398,6 +409,15 @@ mod tests {
         assert_eq!(taken(&[]), ChangePte::Unsupported);
         assert_eq!(taken(&["--change-pte"]), ChangePte::Supported);
         assert_eq!(taken(&["--change-pte", "false"]), ChangePte::Unsupported);
+    }
+
+    #[test]
+    fn the_lease_is_enforced_unless_it_is_said_otherwise() {
+        let enforcement = |arguments: &[&str]| {
+            config(&[&["--host-agent", "unix:/a"], arguments].concat()).unwrap().enforcement
+        };
+        assert_eq!(enforcement(&[]), Enforcement::ByDevice);
+        assert_eq!(enforcement(&["--enforces-lease", "false"]), Enforcement::ByNobody);
     }
 
     #[test]

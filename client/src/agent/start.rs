@@ -105,6 +105,7 @@ pub async fn run(config: Config, stop: impl Future<Output = ()>) -> Result<Summa
         device_config.busy_poll = busy_poll;
     }
     device_config.change_pte = config.change_pte;
+    device_config.enforcement = config.enforcement;
     let device = Device::connect(device_config, Arc::clone(&accelerator)).await?;
     accelerator.attach(&device)?;
 

@@ -33,6 +33,10 @@ pub enum Effect<T> {
     },
     /// End the stream, and tell the device why.
     EndStream(EndReason),
+    /// Ask the device's fencer, if it has one, until it confirms or
+    /// [`Session::wants_fencer`](super::Session::wants_fencer) says that there is no reason any more. Comes
+    /// once while there is.
+    AskFencer,
 }
 
 /// Why a session's stream is ended by the host agent.

@@ -23,6 +23,7 @@ fn config() -> SessionConfig {
             margin: Duration::from_millis(10),
         },
         ack_timeout: T_ACK,
+        enforcement: Enforcement::ByDevice,
         outbox: OutboxLimits { window: 2, max_pending: 4 },
         max_subscriptions: 2,
         max_ranges_per_subscription: 3,
@@ -31,7 +32,12 @@ fn config() -> SessionConfig {
 }
 
 fn session() -> Session<u32> {
-    Session::new(SessionId::FIRST, DeviceId::new("gpu0").unwrap(), config(), at(0))
+    session_of(Enforcement::ByDevice)
+}
+
+fn session_of(enforcement: Enforcement) -> Session<u32> {
+    let config = SessionConfig { enforcement, ..config() };
+    Session::new(SessionId::FIRST, DeviceId::new("gpu0").unwrap(), config, at(0))
 }
 
 fn event(page: u64) -> Event {
@@ -56,6 +62,7 @@ fn show(effect: &Effect<u32>) -> String {
         Effect::Reported { report, .. } => format!("reported {}", report.notice),
         Effect::Phase { from, to } => format!("{}->{}", from.name(), to.name()),
         Effect::EndStream(reason) => format!("end stream: {reason:?}"),
+        Effect::AskFencer => "ask fencer".to_owned(),
     }
 }
 
@@ -66,7 +73,11 @@ fn drained(effects: &mut Effects<u32>) -> Vec<String> {
 /// In the phase, before 200 ms. Notice 1 carries token 1 and was sent at 190 ms, in Suspect at 90 ms;
 /// token 2 is pending since 195 ms; the lease expires at 1,010 ms.
 fn in_phase(phase: Phase) -> Session<u32> {
-    let mut session = session();
+    in_phase_of(Enforcement::ByDevice, phase)
+}
+
+fn in_phase_of(enforcement: Enforcement, phase: Phase) -> Session<u32> {
+    let mut session = session_of(enforcement);
     let mut effects = Effects::new();
     let sent = if phase == Phase::Suspect { 90 } else { 190 };
     session.on_event(&event(0), Some(1), at(sent), &mut effects);
@@ -129,13 +140,23 @@ const INPUTS: [(&str, Input); 14] = [
     ("tick at expiry", |session, effects| format!("next {:?}", session.on_tick(at(1010), effects))),
 ];
 
-/// Every (phase, input).
+/// Every (phase, input), of a device that enforces its lease.
 #[test]
 fn transitions() {
+    insta::assert_snapshot!("transitions", table(Enforcement::ByDevice));
+}
+
+/// The same of one that does not: the tick at expiry fences nothing.
+#[test]
+fn transitions_without_enforcement() {
+    insta::assert_snapshot!("transitions_without_enforcement", table(Enforcement::ByNobody));
+}
+
+fn table(enforcement: Enforcement) -> String {
     let mut table = String::new();
     for phase in Phase::EVERY {
         for (name, input) in INPUTS {
-            let mut session = in_phase(phase);
+            let mut session = in_phase_of(enforcement, phase);
             let mut effects = Effects::new();
             let returned = input(&mut session, &mut effects);
             let effects = drained(&mut effects).join(", ");
@@ -149,7 +170,7 @@ fn transitions() {
             table.push('\n');
         }
     }
-    insta::assert_snapshot!("transitions", table);
+    table
 }
 
 #[test]
@@ -162,7 +183,7 @@ fn a_stream_that_nobody_drains_makes_the_session_suspect() {
     assert_eq!(session.phase(), Phase::Suspect);
     assert_eq!(session.take_notices(8, at(160)).len(), 1, "it is still sent what is pending");
     session.on_ack(&ack(1), at(170), &mut effects).unwrap();
-    assert_eq!(drained(&mut effects), ["live->suspect", "1 acked", "suspect->live"]);
+    assert_eq!(drained(&mut effects), ["live->suspect", "ask fencer", "1 acked", "suspect->live"]);
 }
 
 #[test]
@@ -217,9 +238,16 @@ fn fence_is_positive() {
     let mut session = in_phase(Phase::Live);
     let mut effects = Effects::new();
     silent(&mut session, &mut effects);
-    assert_eq!(drained(&mut effects), ["live->severed"]);
+    assert_eq!(drained(&mut effects), ["live->severed", "ask fencer"], "to be asked is not to confirm");
     assert_eq!(session.on_tick(at(1010), &mut effects), None);
     assert_eq!(drained(&mut effects), ["severed->fenced", "1 fenced", "2 fenced"], "the lease expired");
+    // The lease of a device that does not enforce it proves nothing, however long it is over.
+    let mut session = in_phase_of(Enforcement::ByNobody, Phase::Live);
+    silent(&mut session, &mut effects);
+    assert_eq!(session.on_tick(at(1_000_000), &mut effects), None, "time has nothing more to say");
+    assert_eq!(drained(&mut effects), ["live->severed", "ask fencer"]);
+    session.on_fence_confirmed(at(1_000_001), &mut effects);
+    assert_eq!(drained(&mut effects), ["severed->fenced", "1 fenced", "2 fenced"], "a fencer confirmed");
     let mut session = in_phase(Phase::Suspect);
     session.on_fence_confirmed(at(201), &mut effects);
     assert_eq!(drained(&mut effects)[..2], ["suspect->fenced", "end stream: Fenced"], "a fencer confirmed");
@@ -237,10 +265,52 @@ fn timeout_is_not_ack() {
             let shown = drained(&mut effects);
             assert!(shown.iter().all(|effect| !effect.ends_with("acked")), "{phase:?} {name}: {shown:?}");
             if matches!(*name, "tick" | "tick past T_ack") {
-                assert!(shown.iter().all(|effect| effect.contains("->")), "{phase:?} {name}: {shown:?}");
+                let told = |effect: &String| effect.contains("->") || effect == "ask fencer";
+                assert!(shown.iter().all(told), "{phase:?} {name}: {shown:?}");
             }
         }
     }
+}
+
+#[test]
+fn a_fencer_is_asked_for_once_and_again_when_the_device_owes_something_anew() {
+    let (mut session, mut effects) = (session_of(Enforcement::ByNobody), Effects::new());
+    session.on_event(&event(0), Some(1), at(0), &mut effects);
+    session.take_notices(8, at(0));
+    assert_eq!(session.on_tick(at(99), &mut effects), Some(at(100)), "no lease to wait for");
+    for moment in [100, 110, 2000] {
+        session.on_tick(at(moment), &mut effects);
+    }
+    assert_eq!(drained(&mut effects), ["live->suspect", "ask fencer"]);
+    session.on_ack(&ack(1), at(2001), &mut effects).unwrap();
+    assert!(!session.wants_fencer(at(2001)));
+    assert_eq!(session.on_heartbeat(at(2002)), Some(Duration::from_millis(1000)), "it answers again");
+    session.on_severed(at(2003), &mut effects);
+    assert_eq!(session.on_tick(at(2004), &mut effects), Some(at(2002 + 1010)), "it owes nothing");
+    assert_eq!(drained(&mut effects), ["1 acked", "suspect->live", "live->severed"]);
+    session.on_tick(at(2002 + 1010), &mut effects);
+    assert_eq!(drained(&mut effects), ["ask fencer"]);
+}
+
+#[test]
+fn a_severed_session_that_is_told_of_something_is_asked_for_after_t_ack() {
+    let (mut session, mut effects) = (session(), Effects::new());
+    session.on_severed(at(10), &mut effects);
+    session.on_event(&event(0), Some(1), at(20), &mut effects);
+    assert_eq!(session.on_tick(at(30), &mut effects), Some(at(120)));
+    assert_eq!(session.on_tick(at(120), &mut effects), Some(at(1010)));
+    assert_eq!(drained(&mut effects), ["live->severed", "ask fencer"]);
+}
+
+#[test]
+fn a_severed_session_that_acked_and_owes_anew_is_asked_for_again() {
+    let mut session = in_phase(Phase::Severed);
+    let mut effects = Effects::new();
+    session.on_tick(at(290), &mut effects);
+    session.on_ack(&ack(1), at(291), &mut effects).unwrap();
+    assert!(!session.wants_fencer(at(291)), "token 2 may be sent since 291");
+    session.on_tick(at(391), &mut effects);
+    assert_eq!(drained(&mut effects), ["ask fencer", "1 acked", "ask fencer"]);
 }
 
 #[test]
@@ -301,6 +371,8 @@ fn any_step() -> impl Strategy<Value = Step> {
 
 struct Model {
     session: Session<u32>,
+    enforcement: Enforcement,
+    fencer_asked: bool,
     now: u64,
     phase: Phase,
     lease_ends: u64,
@@ -315,8 +387,14 @@ struct Model {
 
 impl Model {
     fn new() -> Self {
+        Self::of(Enforcement::ByDevice)
+    }
+
+    fn of(enforcement: Enforcement) -> Self {
         Self {
-            session: session(),
+            session: session_of(enforcement),
+            enforcement,
+            fencer_asked: false,
             now: 0,
             phase: Phase::Live,
             lease_ends: 1010,
@@ -419,11 +497,25 @@ impl Model {
         if self.phase == Phase::Suspect && !self.is_overdue() {
             self.phase = Phase::Live;
         }
+        self.fencer_asked &= self.wants_fencer();
+    }
+
+    fn wants_fencer(&self) -> bool {
+        match self.phase {
+            Phase::Suspect => true,
+            Phase::Severed => self.is_overdue() || self.now >= self.lease_ends,
+            _ => false,
+        }
+    }
+
+    fn is_enforced(&self) -> bool {
+        self.enforcement == Enforcement::ByDevice
     }
 
     fn heartbeat(&mut self) {
         let renewed = self.session.on_heartbeat(at(self.now)).is_some();
-        let expected = self.phase == Phase::Live && !self.is_overdue() && self.now < self.lease_ends;
+        let is_stopped = self.is_enforced() && self.now >= self.lease_ends;
+        let expected = self.phase == Phase::Live && !self.is_overdue() && !is_stopped;
         assert_eq!(renewed, expected);
         if renewed {
             self.lease_ends = self.now + 1010;
@@ -439,16 +531,24 @@ impl Model {
 
     fn tick(&mut self, effects: &mut Effects<u32>) -> Option<u64> {
         let next = self.session.on_tick(at(self.now), effects);
-        if self.now >= self.lease_ends {
+        if self.is_enforced() && self.now >= self.lease_ends {
             self.finish(Phase::Fenced, "fenced");
         } else if self.phase == Phase::Live && self.is_overdue() {
             self.phase = Phase::Suspect;
         }
+        let asked = effects.iter().filter(|effect| **effect == Effect::AskFencer).count();
+        assert_eq!(asked, usize::from(self.wants_fencer() && !self.fencer_asked));
+        self.fencer_asked |= self.wants_fencer();
+        let never = u64::MAX;
+        let overdue = self.overdue_at().unwrap_or(never);
+        let fenced = if self.is_enforced() { self.lease_ends } else { never };
         let expected = match self.phase {
-            Phase::Live => Some(self.overdue_at().unwrap_or(u64::MAX).min(self.lease_ends)),
-            Phase::Suspect | Phase::Severed => Some(self.lease_ends),
-            Phase::Fenced | Phase::Gone => None,
+            Phase::Live => overdue.min(fenced),
+            Phase::Severed if !self.fencer_asked => overdue.min(self.lease_ends),
+            Phase::Suspect | Phase::Severed => fenced,
+            Phase::Fenced | Phase::Gone => never,
         };
+        let expected = (expected != never).then_some(expected);
         assert_eq!(next, expected.map(at));
         assert!(expected.is_none_or(|next| next > self.now), "a tick that asks for itself again never ends");
         expected
@@ -476,7 +576,7 @@ impl Model {
                     assert!(!phase_known || before == 1);
                     phase_known = true;
                 }
-                Effect::Reported { .. } | Effect::EndStream(_) => {}
+                Effect::Reported { .. } | Effect::EndStream(_) | Effect::AskFencer => {}
             }
         }
         self.watch_drain();
@@ -492,8 +592,8 @@ impl Model {
 
     /// Only time passes, and only where a tick said that it matters.
     fn tick_to_the_end(&mut self) {
-        // Live, Suspect, Fenced: no session has more to tell.
-        for _ in 0..3 {
+        // Live, Suspect, Fenced; or Severed, asked for, Fenced: no session has more to tell.
+        for _ in 0..4 {
             self.may_resolve = "";
             let mut effects = Effects::new();
             let next = self.tick(&mut effects);
@@ -508,8 +608,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn a_session_does_what_its_model_does(steps in prop::collection::vec(any_step(), 1..120)) {
-        let mut model = Model::new();
+    fn a_session_does_what_its_model_does(
+        steps in prop::collection::vec(any_step(), 1..120),
+        enforcement in prop::sample::select(vec![Enforcement::ByDevice, Enforcement::ByNobody]),
+    ) {
+        let mut model = Model::of(enforcement);
         for step in &steps {
             model.apply(step);
         }

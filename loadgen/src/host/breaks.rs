@@ -221,7 +221,8 @@ impl<N: Notifier> Breaks<N> {
             self.deliver_late_hint(address_space, address);
             return Ok(Answer::awaited(round));
         }
-        let invalidation = Invalidation { address_space, range, cause, owner: None, wait };
+        let invalidation =
+            Invalidation { address_space, range, cause, owner: None, wait, resident_pages: None };
         let answer = self.start_as(deed, invalidation).await?;
         if let Some(seq) = answer.round.seq {
             self.end(address_space, seq)?;

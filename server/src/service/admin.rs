@@ -9,6 +9,7 @@ use shootdown_proto::v1::admin_service_server::AdminService;
 use tonic::{Request, Response, Status};
 
 use super::notifier::{nanos, wire_target};
+use crate::completion::WaitingRound;
 use crate::directory::AddressSpace;
 use crate::host::Host;
 use crate::listen::require_leave;
@@ -57,7 +58,27 @@ impl AdminService for Admin {
         request: Request<v1::ListQuarantineRequest>,
     ) -> Result<Response<v1::ListQuarantineResponse>, Status> {
         require_leave(&request)?;
-        Err(Status::unimplemented("not yet"))
+        let request = request.into_inner();
+        let page = Page::parse(request.page_size, &request.page_token)?;
+        let now = self.host.clock().now();
+        let mut quarantined: Vec<v1::Quarantined> = Vec::new();
+        for space in self.host.directory().list() {
+            let rounds: Vec<_> = space.rounds.lock().values().cloned().collect();
+            quarantined.extend(rounds.iter().filter_map(|round| wire_quarantined(round, now)));
+        }
+        let key = |entry: &v1::Quarantined| {
+            entry.round.as_ref().map_or((0, 0), |round| (round.address_space_id, round.seq))
+        };
+        let (quarantined, next_page_token) = page.cut(quarantined, key);
+        let (parked, budget) = (self.host.quarantine().parked(), self.host.quarantine().budget());
+        Ok(Response::new(v1::ListQuarantineResponse {
+            quarantined,
+            next_page_token,
+            bytes: saturated(parked.bytes),
+            most_bytes: budget.bytes,
+            pages: saturated(parked.pages),
+            most_pages: budget.pages,
+        }))
     }
 
     async fn list_subscriptions(
@@ -213,6 +234,19 @@ fn wire_round(round: &shootdown_core::round::Round, now: shootdown_core::Moment)
         age_ns: nanos(now.since(round.opened())),
         targets: round.reports().iter().map(wire_target).collect(),
     }
+}
+
+fn wire_quarantined(round: &WaitingRound, now: shootdown_core::Moment) -> Option<v1::Quarantined> {
+    let charge = round.quarantined()?;
+    Some(v1::Quarantined {
+        round: Some(round.look(|round| wire_round(round, now))),
+        bytes: saturated(charge.bytes),
+        pages: saturated(charge.pages),
+    })
+}
+
+fn saturated(count: u128) -> u64 {
+    u64::try_from(count).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use crate::listen::require_leave;
 use crate::source::rpc::RpcSource;
 use crate::source::rpc::faults::Said;
 use crate::source::rpc::retries::{Asked, MayWait, Releases, Retries, Try};
-use crate::source::{Invalidation, Notifier, NotifyError, RoundResult, Verdict, Wait};
+use crate::source::{Invalidation, Notifier, NotifyError, RoundResult, Strictness, Verdict, Wait};
 use crate::status::{answer_too_large, is_too_large};
 
 /// The longest name of an address space, in bytes: it is in every log line about it.
@@ -61,12 +61,13 @@ impl NotifierService for Notifiers {
     ) -> Result<Response<v1::RegisterAddressSpaceResponse>, Status> {
         require_leave(&request)?;
         let request = request.into_inner();
+        let strictness = if request.strict { Strictness::Strict } else { Strictness::Lenient };
         let name = checked_name(request.name)?;
         let source = Arc::new(RpcSource::new(self.host.source_fault_timeout()));
         let id = match AddressSpaceId::new(request.address_space_id) {
-            None => self.host.register(&name, source)?,
+            None => self.host.register_address_space(&name, source, strictness)?,
             Some(id) => {
-                self.host.take_back(id, &name, source)?;
+                self.host.take_back(id, &name, source, strictness)?;
                 id
             }
         };
@@ -86,6 +87,7 @@ impl NotifierService for Notifiers {
             cause: convert::cause(request.cause)?,
             owner: OwnerTag::new(request.owner),
             wait: if request.non_blockable { Wait::NotAtAll } else { wait(request.deadline_ms) },
+            resident_pages: Some(request.resident_pages).filter(|pages| *pages > 0),
         };
         let Invalidation { range, cause, owner, .. } = invalidation;
         let may_wait = if request.non_blockable { MayWait::No } else { MayWait::Yes };

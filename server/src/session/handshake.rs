@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use shootdown_core::PageSize;
 use shootdown_core::outbox::OutboxLimits;
-use shootdown_core::session::{Session, SessionConfig};
+use shootdown_core::session::{Enforcement, Session, SessionConfig};
 use shootdown_proto::error::Reason;
 use shootdown_proto::message::{
     DeviceSays, Hello, HostSays, PROTOCOL_VERSIONS, Resume, SessionError, Welcome,
@@ -12,6 +12,7 @@ use shootdown_proto::message::{
 
 use super::{SessionHandle, State};
 use crate::clock::Clock;
+use crate::fence;
 use crate::host::Host;
 use crate::shard::Shard;
 
@@ -47,12 +48,6 @@ pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Arc<Sessi
             "the host agent is stopping; connect to its successor",
         ));
     }
-    if !hello.enforces_lease {
-        return Err(SessionError::fatal(
-            Reason::LeaseRequired,
-            "the device does not stop by itself when its lease has run out, and nothing else here could tell that it stopped; set capabilities.enforces_lease only if it does",
-        ));
-    }
     if !hello.page_sizes.contains(&PageSize::BASE) {
         return Err(SessionError::fatal(
             Reason::FieldInvalid,
@@ -73,6 +68,9 @@ pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Arc<Sessi
         incarnation: hello.incarnation,
         epoch,
         change_pte: hello.change_pte,
+        enforcement: config.enforcement,
+        fencer: host.fencers().of(&hello.device),
+        ask_fencer: tokio::sync::Notify::new(),
         shard,
         state: State {
             session: Session::new(id, hello.device.clone(), config, clock.now()),
@@ -92,6 +90,7 @@ pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Arc<Sessi
         over: tokio_util::sync::CancellationToken::new(),
         clock,
     })?;
+    fence::watch_over(host, &handle);
     handle.answer(HostSays::Welcome(Welcome {
         session: handle.id,
         host_incarnation: host.incarnation(),
@@ -110,10 +109,14 @@ pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Arc<Sessi
 }
 
 /// The device may ask for a smaller window than the host agent's, never for a larger one: the window
-/// bounds what the host keeps for it.
+/// bounds what the host keeps for it. That it enforces its lease is its own word.
 fn session_config(config: SessionConfig, hello: &Hello) -> SessionConfig {
     let window = hello.window.map_or(config.outbox.window, |asked| asked.clamp(1, config.outbox.window));
-    SessionConfig { outbox: OutboxLimits { window, ..config.outbox }, ..config }
+    let enforcement = match hello.enforces_lease {
+        true => Enforcement::ByDevice,
+        false => Enforcement::ByNobody,
+    };
+    SessionConfig { outbox: OutboxLimits { window, ..config.outbox }, enforcement, ..config }
 }
 
 #[cfg(test)]

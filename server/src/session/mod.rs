@@ -20,7 +20,7 @@ use std::task::Waker;
 use parking_lot::{Mutex, RwLock};
 use shootdown_core::interest::IntervalMap;
 use shootdown_core::round::Resolution;
-use shootdown_core::session::{Effect, Effects, EndReason, Phase, Session};
+use shootdown_core::session::{Effect, Effects, EndReason, Enforcement, Phase, Session};
 use shootdown_core::{
     Ack, AddrRange, AddressSpaceId, CauseSet, DeviceId, Epoch, Event, FlushReport, Incarnation, Moment,
     Scope, SessionId, SubscriptionId,
@@ -33,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::completion::Token;
 use crate::directory::AddressSpace;
+use crate::fence::FencerRule;
 use crate::shard::Shard;
 
 /// The most answers that wait to be sent. A device that asks and does not read is not read any more
@@ -50,6 +51,12 @@ pub(crate) struct SessionHandle {
     pub(crate) incarnation: Incarnation,
     pub(crate) epoch: Epoch,
     pub(crate) change_pte: bool,
+    /// Who stops the device when its lease has run out.
+    pub(crate) enforcement: Enforcement,
+    /// Who cuts the device off, if anybody can.
+    pub(crate) fencer: Option<FencerRule>,
+    /// Rings when the fencer is to be asked.
+    ask_fencer: Notify,
     /// Where it lives.
     pub(crate) shard: Shard,
     state: Mutex<State>,
@@ -194,6 +201,36 @@ impl SessionHandle {
         self.severed.cancel();
     }
 
+    /// A fencer confirmed that the device is cut off.
+    pub(crate) fn fence(&self) {
+        let now = self.clock.now();
+        self.with(now, |state, effects| state.session.on_fence_confirmed(now, effects));
+    }
+
+    /// Whether there is reason to ask the fencer, now.
+    pub(crate) fn wants_fencer(&self) -> bool {
+        let now = self.clock.now();
+        self.state.lock().session.wants_fencer(now)
+    }
+
+    /// Resolves when there was reason to ask the fencer; the reason may have gone since.
+    ///
+    /// # Cancel safety
+    /// Dropped, the next one resolves instead.
+    pub(crate) async fn fencer_asked(&self) {
+        self.ask_fencer.notified().await;
+    }
+
+    /// Resolves when the session is over.
+    pub(crate) async fn over(&self) {
+        self.over.cancelled().await;
+    }
+
+    /// Whether the device can be made to stop, or taken as stopped, without its word.
+    pub(crate) fn can_be_fenced(&self) -> bool {
+        self.enforcement == Enforcement::ByDevice || self.fencer.is_some()
+    }
+
     /// Time passed; called for all sessions by the [`crate::watchdog`].
     pub(crate) fn on_tick(&self) {
         let now = self.clock.now();
@@ -236,6 +273,7 @@ impl SessionHandle {
                 Effect::Reported { scope, report } => self.on_report(scope, &report),
                 Effect::Phase { from, to } => self.tell_phase(from, to),
                 Effect::EndStream(_) => self.severed.cancel(),
+                Effect::AskFencer => self.ask_fencer(),
             }
         }
         wake(waker);
@@ -274,11 +312,24 @@ impl SessionHandle {
         state.subscriptions.values().map(|held| &held.space).find(|space| space.id == address_space).cloned()
     }
 
+    fn ask_fencer(&self) {
+        if self.fencer.is_some() {
+            self.ask_fencer.notify_one();
+        } else if !self.can_be_fenced() {
+            let (session, device) = (self.id.get(), self.device.as_str());
+            tracing::error!(
+                session,
+                device,
+                "a device owes an ack, does not enforce its lease and has no fencer: what waits for it is quarantined until it acks or leaves; make it, or configure a fencer"
+            );
+        }
+    }
+
     fn tell_phase(&self, from: Phase, to: Phase) {
         let (session, device) = (self.id.get(), self.device.as_str());
         match to {
             Phase::Suspect => {
-                tracing::warn!(session, device, "a device owes an ack; it is fenced when its lease ends");
+                tracing::warn!(session, device, enforcement = ?self.enforcement, "a device owes an ack for too long");
             }
             Phase::Fenced => tracing::warn!(session, device, "a device is fenced"),
             Phase::Live | Phase::Severed | Phase::Gone => {
@@ -328,7 +379,7 @@ fn last_word(reason: EndReason) -> SessionError {
         }
         EndReason::Fenced => SessionError::fatal(
             Reason::SessionFenced,
-            "the session was fenced because it owed an ack or a heartbeat past its lease; drop every translation and connect again",
+            "the session was fenced because it owed an ack or a heartbeat for too long; drop every translation and connect again",
         ),
     }
 }
@@ -347,3 +398,6 @@ impl std::fmt::Debug for SessionHandle {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

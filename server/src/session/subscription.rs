@@ -9,6 +9,7 @@ use shootdown_proto::message::{HostSays, RequestId, Subscribe};
 
 use super::{Farewell, Held, SessionHandle};
 use crate::host::Host;
+use crate::source::Strictness;
 use crate::status;
 
 impl SessionHandle {
@@ -17,6 +18,16 @@ impl SessionHandle {
         let Some(space) = host.directory().get(ask.address_space) else {
             return self.refuse_unknown(ask.address_space, ask.request);
         };
+        if space.strictness == Strictness::Strict && !self.can_be_fenced() {
+            return self.refuse(
+                Reason::LeaseRequired,
+                format!(
+                    "address space {} is strict: device {} does not stop by itself when its lease has run out, and has no fencer",
+                    space.id, self.device
+                ),
+                Some(ask.request),
+            );
+        }
         let id = host.directory().next_subscription();
         {
             let mut state = self.state.lock();

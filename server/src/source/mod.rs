@@ -25,7 +25,8 @@ use shootdown_core::{
 /// How long a caller waits for a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
-    /// Until every target has stopped, which is bounded by `T_ack + T_fence` (BoundedResolution).
+    /// Until every target has stopped, which is bounded by `T_ack + T_fence` (BoundedResolution). Where a
+    /// target is not certain to stop, the verdict is [`Verdict::NotQuiesced`] when that time has passed.
     ForTargets,
     /// At most so long. When it passes, the verdict is [`Verdict::NotQuiesced`] and the round goes on.
     AtMost(Duration),
@@ -46,6 +47,19 @@ pub struct Invalidation {
     pub owner: Option<OwnerTag>,
     /// How long the caller waits.
     pub wait: Wait,
+    /// How many pages the caller has to keep if it is told [`Verdict::NotQuiesced`]; `None`: every page of the
+    /// range.
+    pub resident_pages: Option<u64>,
+}
+
+/// Which devices an address space is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Strictness {
+    /// Those that stop by themselves when their lease has run out, or have a fencer: a round is over in time
+    /// whatever they do.
+    Strict,
+    /// Any: a round that one of them does not ack may never be over, and its pages stay quarantined.
+    Lenient,
 }
 
 /// How a round ended, as far as its caller waited.
@@ -124,6 +138,21 @@ pub enum NotifyError {
         /// The bound.
         most: usize,
     },
+    /// As much is quarantined as may be, and the pages of this call might have to be as well. A caller that can
+    /// wait was made to, as long as it does.
+    #[error(
+        "{pages} pages ({bytes} bytes) are quarantined, of at most {most_pages} ({most_bytes}); wait until their rounds are complete"
+    )]
+    QuarantineFull {
+        /// Bytes of ranges that are quarantined.
+        bytes: u128,
+        /// Pages that are.
+        pages: u128,
+        /// The bound on bytes.
+        most_bytes: u64,
+        /// The bound on pages.
+        most_pages: u64,
+    },
     /// There are as many address spaces as there may be.
     #[error(
         "there are {most} address spaces, as many as there may be; release one, or raise max-address-spaces"
@@ -159,7 +188,8 @@ pub enum NotifyError {
 /// A future that is dropped never opens the gate: its round goes on until every target has stopped,
 /// and its bracket stays until it is ended. The caller must not release the pages.
 pub trait Notifier: Send + Sync + 'static {
-    /// Makes an address space known, so that devices can subscribe to it.
+    /// Makes an address space known, so that devices can subscribe to it: those that are certain to stop
+    /// ([`Strictness::Strict`]).
     ///
     /// # Errors
     /// [`NotifyError::TooManyAddressSpaces`], [`NotifyError::Stopping`].
@@ -235,7 +265,9 @@ pub trait Notifier: Send + Sync + 'static {
     fn test_young(&self, address_space: AddressSpaceId, range: AddrRange) -> Result<bool, NotifyError>;
 
     /// `mmu_notifier_release`: the address space ends. When it returns, no device uses any page of it
-    /// and all its subscriptions have ended; the caller then frees its pages. Exactly once.
+    /// and all its subscriptions have ended; the caller then frees its pages. Exactly once. Where the verdict is
+    /// NotQuiesced a device has not stopped in time: the release goes on by itself, and when it is over the
+    /// address space is unknown.
     ///
     /// # Errors
     /// [`NotifyError::Released`] when it was released before, [`NotifyError::AddressSpaceUnknown`].

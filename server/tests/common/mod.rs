@@ -18,7 +18,7 @@ use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_proto::v1::session_response::Message as Say;
 use shootdown_server::config::{Config, Settings};
 use shootdown_server::source::{
-    FaultError, Invalidation, Notifier as _, RoundResult, TargetReport, Translate, Wait,
+    FaultError, Invalidation, Notifier as _, RoundResult, Strictness, TargetReport, Translate, Wait,
 };
 use shootdown_server::{Host, ListenAddr, Running};
 use tokio::sync::mpsc;
@@ -105,6 +105,24 @@ impl Agent {
         self.host().register("test", Arc::new(Identity)).unwrap()
     }
 
+    /// One that is also for devices which are not certain to stop.
+    pub fn lenient_space(&self) -> AddressSpaceId {
+        self.host().register_address_space("lenient", Arc::new(Identity), Strictness::Lenient).unwrap()
+    }
+
+    /// A device that does not stop when its lease has run out.
+    pub async fn unbound_device(&self, name: &str) -> Device {
+        let mut device = Device::connect(self).await;
+        let capabilities = Some(v1::Capabilities { enforces_lease: false, change_pte: true });
+        device.welcomed(v1::Hello { capabilities, ..Device::hello_of(name) }).await;
+        device
+    }
+
+    pub async fn listed_quarantine(&self) -> v1::ListQuarantineResponse {
+        let mut admin = v1::admin_service_client::AdminServiceClient::new(self.channel("admin.sock").await);
+        admin.list_quarantine(v1::ListQuarantineRequest::default()).await.unwrap().into_inner()
+    }
+
     /// A device that has said Hello.
     pub async fn device(&self, name: &str) -> Device {
         let mut device = Device::connect(self).await;
@@ -139,7 +157,8 @@ pub async fn quiesced(round: tokio::task::JoinHandle<RoundResult>) -> Vec<Target
 }
 
 pub fn unmap(address_space: AddressSpaceId, range: AddrRange) -> Invalidation {
-    Invalidation { address_space, range, cause: Cause::Unmap, owner: None, wait: Wait::ForTargets }
+    let (cause, wait) = (Cause::Unmap, Wait::ForTargets);
+    Invalidation { address_space, range, cause, owner: None, wait, resident_pages: None }
 }
 
 pub async fn connect(socket: &Path) -> Channel {
@@ -238,7 +257,11 @@ impl Device {
 
     /// Says Hello and is welcomed.
     pub async fn hello(&mut self, name: &str) {
-        self.ask(Ask::Hello(Self::hello_of(name))).await;
+        self.welcomed(Self::hello_of(name)).await;
+    }
+
+    pub async fn welcomed(&mut self, hello: v1::Hello) {
+        self.ask(Ask::Hello(hello)).await;
         match self.say().await {
             Say::Welcome(welcome) => (self.session, self.epoch) = (welcome.session_id, welcome.epoch),
             other => panic!("not welcomed: {other:?}"),

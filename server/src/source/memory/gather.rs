@@ -59,7 +59,9 @@ impl<'a, N: Notifier> Bracket<'a, N> {
         range: AddrRange,
         cause: Cause,
     ) -> Result<(Self, Quiesced, RoundResult), MemoryError> {
-        let invalidation = Invalidation { address_space, range, cause, owner: None, wait: Wait::ForTargets };
+        let wait = Wait::ForTargets;
+        let invalidation =
+            Invalidation { address_space, range, cause, owner: None, wait, resident_pages: None };
         let round = notifier.invalidate_range_start(invalidation).await.map_err(MemoryError::Notify)?;
         let bracket = round.seq.map(|seq| Self { notifier, address_space, seq });
         let proof = Quiesced::judge(range, &round)?;

@@ -362,7 +362,8 @@ mod tests {
             let asked = Asked::Start { range, cause, owner, may_wait: MayWait::Yes };
             let retry = self.source.retries.ask(call_id(id), asked).unwrap();
             let (address_space, wait) = (self.space, Wait::ForTargets);
-            let invalidation = Invalidation { address_space, range, cause, owner, wait };
+            let invalidation =
+                Invalidation { address_space, range, cause, owner, wait, resident_pages: None };
             self.host.start(invalidation, Some(&retry)).await.unwrap().seq.unwrap()
         }
 
@@ -424,7 +425,8 @@ mod tests {
         let mut opening = Box::pin(first.open(std::future::pending()));
         assert!(futures_util::poll!(&mut opening).is_pending());
         let wait = Wait::AtMost(Duration::from_millis(10));
-        let invalidation = Invalidation { address_space: bench.space, range, cause, owner, wait };
+        let invalidation =
+            Invalidation { address_space: bench.space, range, cause, owner, wait, resident_pages: None };
         let hasty = bench.host.start(invalidation, Some(&second));
         let refused = tokio::time::timeout(Duration::from_secs(20), hasty).await.expect("its time passes");
         assert!(matches!(refused, Err(NotifyError::TooManyRounds { .. })));

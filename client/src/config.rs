@@ -9,6 +9,7 @@ use shootdown_proto::message::MAX_NOTICES_A_MESSAGE;
 
 use crate::clock::{self, Clock};
 use crate::endpoint::Endpoint;
+use crate::hosts::HostsSeen;
 
 /// How a device opens its session. [`DeviceConfig::new`] has a reason for each of its defaults.
 #[derive(Debug, Clone)]
@@ -55,6 +56,16 @@ pub struct DeviceConfig {
     /// How often a silent connection is tried, and how long the answer may take: 2 s by default, within
     /// the default lease, so that a vanished peer is found by then. A lease ends without it as well.
     pub keepalive: Duration,
+    /// What the device does when its connection is lost. By default it connects again and goes on.
+    pub resume: ResumePolicy,
+    /// The pause after the first try to connect again that failed. 10 ms by default; it doubles with each, and
+    /// up to a half of it is added, so that not all devices come back at the same moment.
+    pub reconnect_pause: Duration,
+    /// The longest that this pause becomes: 500 ms by default, a tenth of the default lease.
+    pub reconnect_pause_most: Duration,
+    /// The runs of host agents that this device has seen: an older one than the newest is refused. Give a device
+    /// that connects again the same.
+    pub hosts: HostsSeen,
     /// The longest that the session polls for the next message before it sleeps, while messages come that
     /// quickly: a round trip is shorter by what it costs to wake a core. 100 us by default, none of which is
     /// spent while nothing happens; zero: always sleep.
@@ -70,6 +81,15 @@ pub enum ChangePte {
     Unsupported,
     /// The host agent sends the replacement.
     Supported,
+}
+
+/// What a device does when the connection of its session is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResumePolicy {
+    /// It connects again, within its lease: what it holds stays in use meanwhile.
+    Resume,
+    /// It flushes everything, and the session is lost.
+    Flush,
 }
 
 /// Why a configuration was refused.
@@ -109,6 +129,10 @@ impl DeviceConfig {
             enforcement: Enforcement::ByDevice,
             connect_timeout: Duration::from_secs(10),
             keepalive: Duration::from_secs(2),
+            resume: ResumePolicy::Resume,
+            reconnect_pause: Duration::from_millis(10),
+            reconnect_pause_most: Duration::from_millis(500),
+            hosts: HostsSeen::default(),
             busy_poll: Duration::from_micros(100),
             clock: Clock::boottime(),
         }
@@ -120,6 +144,9 @@ impl DeviceConfig {
         }
         if self.parallel_flushes == 0 {
             return Err(ConfigError::Zero { field: "parallel_flushes" });
+        }
+        if self.reconnect_pause.is_zero() {
+            return Err(ConfigError::Zero { field: "reconnect_pause" });
         }
         if self.max_faults == 0 {
             return Err(ConfigError::Zero { field: "max_faults" });

@@ -9,7 +9,7 @@ use shootdown_core::session::Enforcement;
 use shootdown_core::{Access, AddrRange, AddressSpaceId, Incarnation, SessionId};
 use shootdown_proto::error::Malformed;
 use shootdown_proto::message::{
-    Hello, HostSays, MAX_SESSION_MESSAGE, PROTOCOL_VERSIONS, SessionError, Welcome,
+    Hello, HostSays, MAX_SESSION_MESSAGE, PROTOCOL_VERSIONS, Resume, ResumePoint, SessionError, Welcome,
 };
 use shootdown_proto::v1;
 use shootdown_proto::v1::device_service_client::DeviceServiceClient;
@@ -17,6 +17,7 @@ use shootdown_proto::v1::device_service_client::DeviceServiceClient;
 use crate::config::{ChangePte, ConfigError, DeviceConfig};
 use crate::connection::{self, TransportError, Watch};
 use crate::fault::{FaultError, Faulter, Grant, MappedPage};
+use crate::hosts::StaleHost;
 use crate::mapping::Mapping;
 use crate::page::PageClient;
 use crate::session::Session;
@@ -24,15 +25,16 @@ use crate::session::driver::Driver;
 use crate::session::end::{EndCause, NotLive, SessionEnd};
 use crate::session::flush::{AnyTlb, Vendor};
 use crate::session::gate::Gate;
-use crate::session::outgoing::Outgoing;
+use crate::session::outgoing::{Outgoing, OutgoingStream};
 use crate::subscription::{SubscribeError, SubscribeOptions, Subscription};
 use crate::tlb::{DeviceTlb, FlushAllCause};
 
 /// A device with a session at a host agent. Clones share the session; when the last is dropped the device
 /// leaves in the background, as by [`Device::leave`].
 ///
-/// There is no reconnection in here: when [`Device::lost`] resolves the device has flushed everything, and
-/// may connect again.
+/// When the connection is lost it connects again by itself and goes on with the session, as long as the lease
+/// lasts: what the device holds stays in use, and faults wait. When that cannot be, [`Device::lost`] resolves: the device
+/// has flushed everything, and may connect again.
 ///
 /// The price of a session: one task that reads the stream and one that keeps the lease, one connection,
 /// and a task for each flush that is not ready when it is first polled.
@@ -91,6 +93,15 @@ pub enum ConnectError {
     Answer {
         /// What is wrong with it.
         what: &'static str,
+    },
+    /// A host agent that has been succeeded.
+    #[error("the host agent at {endpoint} is an old one")]
+    StaleHost {
+        /// Where it was looked for.
+        endpoint: crate::Endpoint,
+        /// Which, and its successor.
+        #[source]
+        source: StaleHost,
     },
     /// The lease is over before it begins.
     #[error("a lease of {lease:?} is not longer than this device's margin and drift")]
@@ -266,7 +277,24 @@ impl<T> Device<T> {
         self.handle.session.drain_asked().await
     }
 
-    /// Whether the session is open and its lease has not run out.
+    /// How often the session went on on a new connection, after one was lost.
+    #[must_use]
+    pub fn resumes(&self) -> u64 {
+        *self.handle.session.resumes.borrow()
+    }
+
+    /// Resolves when [`Device::resumes`] is at least `count`; if the session ends before that, never.
+    ///
+    /// # Cancel safety
+    /// May be dropped and called again.
+    pub async fn resumed(&self, count: u64) {
+        let mut resumes = self.handle.session.resumes.subscribe();
+        if resumes.wait_for(|resumes| *resumes >= count).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Whether the session is open and its lease has not run out; also while it has no connection.
     #[must_use]
     pub fn is_live(&self) -> bool {
         self.handle.session.gate.check().is_ok()
@@ -317,16 +345,19 @@ struct Opened {
     gate: Gate,
 }
 
-async fn open(config: &DeviceConfig) -> Result<Opened, ConnectError> {
+/// A stream on which Hello was answered with Welcome.
+pub(crate) async fn greet(
+    config: &DeviceConfig,
+    said: OutgoingStream,
+) -> Result<(tonic::Streaming<v1::SessionResponse>, Welcome), ConnectError> {
     let transport = |source| ConnectError::Transport { endpoint: config.endpoint.clone(), source };
     let broken = |status: tonic::Status| transport(TransportError::of_status(&status));
     let watch = Watch { connect_timeout: config.connect_timeout, keepalive: config.keepalive };
     let channel = connection::connect(&config.endpoint, watch).await.map_err(transport)?;
-    let outgoing = Outgoing::new(config.clock.clone(), hello(config));
     let mut client = DeviceServiceClient::new(channel)
         .max_decoding_message_size(MAX_SESSION_MESSAGE)
         .max_encoding_message_size(MAX_SESSION_MESSAGE);
-    let mut inbound = client.session(outgoing.stream()).await.map_err(broken)?.into_inner();
+    let mut inbound = client.session(said).await.map_err(broken)?.into_inner();
     let first = inbound.message().await.map_err(broken)?.ok_or(ConnectError::Closed)?;
     let welcome = match HostSays::try_from(first).map_err(ConnectError::Malformed)? {
         HostSays::Welcome(welcome) => welcome,
@@ -339,6 +370,18 @@ async fn open(config: &DeviceConfig) -> Result<Opened, ConnectError> {
     if welcome.window > config.window {
         return Err(ConnectError::Answer { what: "its window is larger than what was asked for" });
     }
+    let endpoint = config.endpoint.clone();
+    let stale = |source| ConnectError::StaleHost { endpoint, source };
+    config.hosts.see(&config.endpoint, welcome.host_incarnation).map_err(stale)?;
+    Ok((inbound, welcome))
+}
+
+async fn open(config: &DeviceConfig) -> Result<Opened, ConnectError> {
+    let outgoing = Outgoing::new(config.clock.clone(), hello(config, None));
+    let (inbound, welcome) = greet(config, outgoing.stream()).await?;
+    if welcome.resume == Resume::Continue {
+        return Err(ConnectError::Answer { what: "it goes on with a session that this device did not name" });
+    }
     let sent = outgoing.on_welcome(welcome.session);
     let sent = sent.ok_or(ConnectError::Answer { what: "it came before Hello was sent" })?;
     let margin = config.lease_margin.unwrap_or_else(|| LeaseTerms::default_margin(welcome.lease));
@@ -350,7 +393,7 @@ async fn open(config: &DeviceConfig) -> Result<Opened, ConnectError> {
     Ok(Opened { inbound, welcome, outgoing, gate })
 }
 
-fn hello(config: &DeviceConfig) -> Hello {
+pub(crate) fn hello(config: &DeviceConfig, resume: Option<ResumePoint>) -> Hello {
     Hello {
         device: config.device.clone(),
         incarnation: config.incarnation,
@@ -359,7 +402,7 @@ fn hello(config: &DeviceConfig) -> Hello {
         page_sizes: config.page_sizes.clone(),
         enforces_lease: config.enforcement == Enforcement::ByDevice,
         change_pte: config.change_pte == ChangePte::Supported,
-        resume: None,
+        resume,
         clock_id: config.clock.identity(),
     }
 }

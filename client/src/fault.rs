@@ -63,6 +63,9 @@ pub enum FaultError {
     /// not taken, because nobody would tell the device to give it up.
     #[error("no subscription of this device covers the range")]
     NotSubscribed,
+    /// The connection was lost before the answer came. The session may go on: ask again.
+    #[error("the connection was lost before the answer came; ask again")]
+    Interrupted,
     /// The page changed each time, before its translation could be installed. Ask again later.
     #[error("a notice overtook the grant {attempts} times")]
     Contended {
@@ -88,7 +91,8 @@ impl Faulter {
 
     /// Waits for translations of a range and installs them. When an overlapping notice came between the
     /// grant and the installation it asks again, at most
-    /// [`DeviceConfig::max_refaults`](crate::DeviceConfig::max_refaults) times.
+    /// [`DeviceConfig::max_refaults`](crate::DeviceConfig::max_refaults) times; also when the connection was lost
+    /// meanwhile and the session goes on.
     ///
     /// One subscription that [`Device::subscribe`](crate::Device::subscribe) has returned must cover the range.
     /// The host agent holds a fault while an invalidation overlaps, so this may wait as long as a round.
@@ -158,6 +162,7 @@ impl Faulter {
         for _ in 0..attempts {
             let granted = match self.ask(address_space, range, access, data).await {
                 Err(FaultError::Refused(error)) if error.reason == Reason::FaultContended => continue,
+                Err(FaultError::Interrupted) => continue,
                 granted => granted?,
             };
             match granted.tickets.into_iter().map(CommitTicket::commit).collect() {
@@ -196,6 +201,7 @@ impl Faulter {
             Ok(granted) => Ok(granted),
             Err(FaultRefused::Host(error)) => Err(FaultError::Refused(error)),
             Err(FaultRefused::NotSubscribed) => Err(FaultError::NotSubscribed),
+            Err(FaultRefused::Interrupted) => Err(FaultError::Interrupted),
         }
     }
 }

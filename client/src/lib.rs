@@ -7,7 +7,8 @@
 //!   them,
 //! * calls the [`DeviceTlb`] for every invalidation, many at a time, and acks each when its flush has
 //!   returned and no use of its range is open, never earlier,
-//! * keeps the lease, and refuses every use past it (fail closed).
+//! * keeps the lease, and refuses every use past it (fail closed),
+//! * connects again when the connection is lost, and goes on with the session as long as the lease lasts.
 //!
 //! `examples/smallest_device.rs` is a whole device in under 60 lines. [`agent`] is a software accelerator
 //! with a TLB of its own, and what `shootdown-agent` runs.
@@ -27,6 +28,7 @@
 mod clock;
 mod endpoint;
 mod config;
+mod hosts;
 mod connection;
 mod device;
 mod subscription;
@@ -41,11 +43,12 @@ mod ranges;
 pub mod agent;
 
 pub use clock::Clock;
-pub use config::{ChangePte, ConfigError, DeviceConfig};
+pub use config::{ChangePte, ConfigError, DeviceConfig, ResumePolicy};
 pub use connection::TransportError;
 pub use device::{ConnectError, Counts, Device};
 pub use endpoint::{Endpoint, EndpointError};
 pub use fault::{FaultError, Faulter, Grant, MappedPage};
+pub use hosts::{HostsSeen, StaleHost};
 pub use mapping::{Mapping, UseGuard};
 pub use page::{PageClient, PageError};
 pub use session::end::{AllFlushed, EndCause, NotLive, SessionEnd, Violation};

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //!             Welcome            leave(), last handle dropped, gap, panic,
-//!  connect() --------> Live ---- lease expired, stream lost, fatal error ----> Closing
-//!                                 (gate shut, mappings closed, requests failed)   |
+//!  connect() --------> Live ---- lease expired, fatal error, not resumed ----> Closing
+//!                      |  ^       (gate shut, mappings closed, requests failed)   |
+//!          stream lost v  | Welcome{CONTINUE}                                     |
+//!                   Reconnecting                                                  |
 //!                                                                   flush_all, uses ended, Leave
 //!                                                                                 v
 //!                                                                   Ended: lost() resolves
@@ -15,6 +17,7 @@
 //!   only if it is not ready then.
 //! * [`outgoing`]: what the transport takes when it can send, [6 of 9]. It is no task: an ack is put
 //!   together at the moment at which it can be sent, from all that was flushed until then.
+//! * [`reconnect`]: a stream that was lost, and the session with it or not.
 //! * [`heartbeat`]: renews the lease, and ends the session when it has run out.
 
 pub(crate) mod gate;
@@ -24,13 +27,14 @@ pub(crate) mod vigil;
 pub(crate) mod holdings;
 pub(crate) mod flush;
 pub(crate) mod outgoing;
+pub(crate) mod reconnect;
 pub(crate) mod heartbeat;
 pub(crate) mod end;
 
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use shootdown_core::{AddrRange, AddressSpaceId, Scope};
+use shootdown_core::{AddrRange, AddressSpaceId, NoticeNumber, Scope};
 use shootdown_proto::message::Welcome;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -55,6 +59,8 @@ pub(crate) struct Session {
     pub(crate) outgoing: Arc<Outgoing>,
     /// Cancelled when the session is closed.
     pub(crate) closing: CancellationToken,
+    /// How often it went on on another stream.
+    pub(crate) resumes: watch::Sender<u64>,
     cause: OnceLock<EndCause>,
     ended: watch::Receiver<Option<SessionEnd>>,
     drain: watch::Receiver<Option<std::time::Duration>>,
@@ -85,6 +91,7 @@ impl Session {
             requests,
             outgoing,
             closing: CancellationToken::new(),
+            resumes: watch::Sender::new(0),
             cause: OnceLock::new(),
             ended,
             drain,
@@ -102,6 +109,20 @@ impl Session {
             self.requests.fail_all();
             self.closing.cancel();
         }
+    }
+
+    /// The stream is lost. Uses go on until the lease ends.
+    pub(crate) fn on_lost(&self) {
+        let unsent = self.outgoing.cut();
+        let again = self.requests.interrupt(&unsent);
+        self.outgoing.ask_again(again);
+    }
+
+    /// The session goes on on a new stream. A lease is not granted by that: it is asked for at once.
+    fn on_resumed(&self, floor: Option<NoticeNumber>) {
+        self.outgoing.heartbeat(self.requests.next_id());
+        self.outgoing.on_resumed(floor);
+        self.resumes.send_modify(|resumes| *resumes += 1);
     }
 
     /// Why the session was closed.

@@ -100,7 +100,7 @@ impl Subscription {
         let asked = session.ask(permit, |request, to| {
             let (causes, wants_end) = (options.causes, options.ends == RangeEnds::Wanted);
             let subscribe = Subscribe { request, address_space, ranges: ranges.clone(), causes, wants_end };
-            (DeviceSays::Subscribe(subscribe), Reply::Subscribe { to })
+            (DeviceSays::Subscribe(subscribe.clone()), Reply::Subscribe { ask: subscribe, to })
         })?;
         let SubscribedAt { id, seq } = asked.answer().await?.map_err(SubscribeError::Refused)?.claim();
         session.holdings.lock().subscribed(id, address_space, ranges.clone());

@@ -88,9 +88,13 @@ async fn the_exit_code_says_what_to_do() {
     let output = soon(refused.wait_with_output()).await.unwrap();
     assert_eq!(output.status.code(), Some(77));
     assert!(String::from_utf8_lossy(&output.stderr).contains("not you"), "a person is told why");
-    // 75: start it again.
+    // 75: start it again, where the host agent could not resume.
     let lost = agent(&host, &[]).spawn().unwrap();
     drop(welcomed(&mut host).await);
+    let mut session = host.session().await;
+    let Some(DeviceSays::Hello(hello)) = soon(session.next()).await else { panic!("Hello comes first") };
+    assert_eq!(hello.resume.map(|point| point.session), Some(welcome(1).session));
+    session.say(HostSays::Welcome(welcome(hello.window.unwrap()))).await;
     assert_eq!(soon(lost.wait_with_output()).await.unwrap().status.code(), Some(75));
 }
 

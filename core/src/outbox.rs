@@ -3,6 +3,8 @@
 //! ```text
 //!   push ----> pending ----> sent ----> acked: its tokens are handed back, once
 //!              (merges)  take    on_ack
+//!                 |            |  ^
+//!                 |            +--+ on_resumed: those that are not acked are taken again
 //!                 |               |
 //!                 +---- abandon --+---> all tokens are handed back: the session is fenced, or left
 //! ```
@@ -110,6 +112,27 @@ pub enum AckError {
     Empty,
 }
 
+/// Why a device cannot go on where it says that it stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotRetained {
+    /// It says that it received what was never sent: its books are wrong.
+    #[error("all through notice {} is said to be received, but the last one that was sent is {}", Number(*received_through), Number(*last_sent))]
+    NeverSent {
+        /// What the device says.
+        received_through: Option<NoticeNumber>,
+        /// The last number that was sent.
+        last_sent: Option<NoticeNumber>,
+    },
+    /// A notice above what it says it received is acked, and not kept any more.
+    #[error("all through notice {} is said to be received, but notice {acked} is acked already", Number(*received_through))]
+    BelowFloor {
+        /// What the device says.
+        received_through: Option<NoticeNumber>,
+        /// The highest notice that was acked.
+        acked: NoticeNumber,
+    },
+}
+
 impl AckError {
     /// Whether the session must end: the device acked what it cannot have flushed. The others can be
     /// answered with an error message; the device may go on.
@@ -143,11 +166,25 @@ pub struct Outbox<T> {
     /// holds one place of the window and not the window.
     sent: BTreeMap<NoticeNumber, Sent<T>>,
     last_sent: Option<NoticeNumber>,
+    /// The highest notice that was acked, in turn or not: nothing above it is missing in `sent`.
+    highest_acked: Option<NoticeNumber>,
+    /// What is to be sent again.
+    again: Option<Again>,
+    /// Acks of notices up to this one may have been lost on their way, or come a second time.
+    resumed_at: Option<NoticeNumber>,
+}
+
+/// Notices that were sent on a stream that is lost: those of them that are not acked go out once more.
+#[derive(Clone, Copy, Debug)]
+struct Again {
+    next: NoticeNumber,
+    through: NoticeNumber,
 }
 
 #[derive(Debug)]
 struct Sent<T> {
-    scope: Scope,
+    notice: Notice,
+    /// When it was taken for the first time: to be sent again is no excuse for a late ack.
     at: Moment,
     waiters: Vec<Waiter<T>>,
 }
@@ -160,7 +197,15 @@ impl<T> Outbox<T> {
         assert!(limits.window >= 1, "a window of 0 sends nothing");
         assert!(limits.max_pending >= 1, "a FlushAll is an entry, too");
         let pending = Pending::new(limits.max_pending);
-        Self { limits, pending, sent: BTreeMap::new(), last_sent: None }
+        Self {
+            limits,
+            pending,
+            sent: BTreeMap::new(),
+            last_sent: None,
+            highest_acked: None,
+            again: None,
+            resumed_at: None,
+        }
     }
 
     /// Makes the event part of a later notice.
@@ -168,15 +213,16 @@ impl<T> Outbox<T> {
         self.pending.push(event, token)
     }
 
-    /// Numbers at most `max` pending notices and hands them to the stream, as far as the window goes.
+    /// What is to be sent again, with the numbers that it has; behind it numbers pending notices, as far as
+    /// the window goes. At most `max` in all.
     pub fn take_notices(&mut self, max: usize, now: Moment) -> Vec<Notice> {
-        let mut notices = Vec::with_capacity(max.min(self.pending.len()).min(self.window_left()));
+        let mut notices = self.take_again(max);
+        notices.reserve((max - notices.len()).min(self.pending.len()).min(self.window_left()));
         while notices.len() < max && self.window_left() > 0 {
             let Some(draft) = self.pending.pop() else { break };
             let number = self.last_sent.map_or(NoticeNumber::FIRST, NoticeNumber::next);
             self.last_sent = Some(number);
-            self.sent.insert(number, Sent { scope: draft.scope, at: now, waiters: draft.waiters });
-            notices.push(Notice {
+            let notice = Notice {
                 number,
                 kind: draft.kind,
                 scope: draft.scope,
@@ -184,9 +230,45 @@ impl<T> Outbox<T> {
                 cause: draft.cause,
                 owner: draft.owner,
                 flush_reason: draft.flush_reason,
-            });
+            };
+            self.sent.insert(number, Sent { notice, at: now, waiters: draft.waiters });
+            notices.push(notice);
         }
         notices
+    }
+
+    fn take_again(&mut self, max: usize) -> Vec<Notice> {
+        let Some(again) = self.again else { return Vec::new() };
+        let left = self.sent.range(again.next..=again.through);
+        let notices: Vec<Notice> = left.take(max).map(|(_, sent)| sent.notice).collect();
+        let next = notices.last().map_or(again.next, |last| last.number.next());
+        let is_left = next <= again.through && self.sent.range(next..=again.through).next().is_some();
+        self.again = is_left.then_some(Again { next, ..again });
+        notices
+    }
+
+    /// Whether a device that has received every notice up to `received_through`, and nothing above it, can go
+    /// on from there: whatever is above is retained (ResumeOrFlush).
+    ///
+    /// # Errors
+    /// [`NotRetained`].
+    pub fn can_resume(&self, received_through: Option<NoticeNumber>) -> Result<(), NotRetained> {
+        let last_sent = self.last_sent;
+        if received_through > last_sent {
+            return Err(NotRetained::NeverSent { received_through, last_sent });
+        }
+        match self.highest_acked.filter(|acked| Some(*acked) > received_through) {
+            Some(acked) => Err(NotRetained::BelowFloor { received_through, acked }),
+            None => Ok(()),
+        }
+    }
+
+    /// The device goes on on another stream: all that was sent and not acked is to be sent again. From here on an ack
+    /// of a notice that was acked before is passed over, if it was sent on an earlier stream.
+    pub fn on_resumed(&mut self) {
+        self.resumed_at = self.last_sent;
+        let ends = self.sent.first_key_value().zip(self.sent.last_key_value());
+        self.again = ends.map(|((next, _), (through, _))| Again { next: *next, through: *through });
     }
 
     /// Applies an ack and hands back the tokens of what it newly acks, lowest notice first.
@@ -208,6 +290,7 @@ impl<T> Outbox<T> {
         for notice in selective {
             acked.extend(self.sent.remove(&notice).map(|sent| (notice, sent)));
         }
+        self.highest_acked = self.highest_acked.max(acked.last_key_value().map(|(notice, _)| *notice));
         let mut reports: Vec<&FlushReport> = ack.reports.iter().collect();
         reports.sort_by_key(|report| report.notice);
         let mut resolved = Vec::new();
@@ -235,7 +318,13 @@ impl<T> Outbox<T> {
     /// Whether [`Outbox::take_notices`] would hand out one.
     #[must_use]
     pub fn has_sendable(&self) -> bool {
-        self.pending() > 0 && self.window_left() > 0
+        self.is_sending_again() || (self.pending() > 0 && self.window_left() > 0)
+    }
+
+    /// Whether a notice is left that is to be sent again.
+    #[must_use]
+    pub fn is_sending_again(&self) -> bool {
+        self.again.is_some_and(|again| self.sent.range(again.next..=again.through).next().is_some())
     }
 
     /// Notices to be: not sent, not numbered. At most `max_pending`.
@@ -275,11 +364,22 @@ impl<T> Outbox<T> {
     /// which address space.
     #[must_use]
     pub fn unacked_scope(&self, notice: NoticeNumber) -> Option<Scope> {
-        self.sent.get(&notice).map(|sent| sent.scope)
+        self.sent.get(&notice).map(|sent| sent.notice.scope)
+    }
+
+    /// The lowest notice that is sent and not acked; `None`: all that was sent is acked.
+    #[must_use]
+    pub fn retained_floor(&self) -> Option<NoticeNumber> {
+        self.sent.first_key_value().map(|(oldest, _)| *oldest)
     }
 
     fn window_left(&self) -> usize {
         (self.limits.window as usize).saturating_sub(self.sent.len())
+    }
+
+    /// Whether it was acked already, and its device may not know: it was sent before a resume.
+    fn may_come_again(&self, notice: NoticeNumber) -> bool {
+        Some(notice) <= self.resumed_at && !self.sent.contains_key(&notice)
     }
 
     /// The whole ack, before any of it is applied. Returns the selective numbers, lowest first.
@@ -290,19 +390,23 @@ impl<T> Outbox<T> {
         }
         if let (Some(through), Some(acked_through)) = (ack.through, self.acked_through())
             && through < acked_through
+            && !self.may_come_again(through)
         {
             return Err(AckError::Regressed { through, acked_through });
         }
         let mut selective = ack.selective.clone();
         selective.sort_unstable();
         let repeated = selective.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
+        selective.retain(|notice| !self.may_come_again(*notice));
         let stale = |notice: &&NoticeNumber| Some(**notice) <= ack.through || !self.sent.contains_key(notice);
         if let Some(notice) = repeated.or_else(|| selective.iter().find(stale).copied()) {
             return Err(AckError::Twice { notice });
         }
         if selective.is_empty() {
-            let through = ack.through.ok_or(AckError::Empty)?;
-            if Some(through) == self.acked_through() {
+            let Some(through) = ack.through.or(ack.selective.last().copied()) else {
+                return Err(AckError::Empty);
+            };
+            if Some(through) == self.acked_through() && !self.may_come_again(through) {
                 return Err(AckError::Twice { notice: through });
             }
         }
@@ -310,7 +414,8 @@ impl<T> Outbox<T> {
             let named = Some(notice) <= ack.through || selective.binary_search(&notice).is_ok();
             named && self.sent.contains_key(&notice)
         };
-        match ack.reports.iter().find(|report| !newly(report.notice)) {
+        let misplaced = |notice| !newly(notice) && !self.may_come_again(notice);
+        match ack.reports.iter().find(|report| misplaced(report.notice)) {
             Some(report) => Err(AckError::ReportForUnacked { notice: report.notice }),
             None => Ok(selective),
         }
@@ -333,7 +438,7 @@ fn resolve<T>(
         token,
         notice: number,
         young: young.overlaps(range),
-        dirty: sent.scope == Scope::FlushAll || dirty.overlaps(range),
+        dirty: sent.notice.scope == Scope::FlushAll || dirty.overlaps(range),
         timing,
         sent: sent.at,
     }));

@@ -18,7 +18,8 @@
 //!   Live, Suspect, Severed --- on_left: "I flushed everything and leave" ---------> Gone
 //! ```
 //!
-//! Nothing leaves Fenced or Gone: a device that comes back gets a new session.
+//! `on_resumed` brings a Severed session back, to Live or to Suspect by what is overdue then: to connect
+//! again is no ack. Nothing leaves Fenced or Gone: a device that comes back gets a new session.
 //!
 //! \[1\] Only of a device that enforces its lease. Another one's lease says nothing about when it stops
 //! (FenceIsPositive): a fencer is asked ([`Effect::AskFencer`]), and until it confirms the session stays.
@@ -30,11 +31,11 @@ use std::time::Duration;
 pub use self::effects::{Effect, Effects, EndReason};
 use crate::ack::Ack;
 use crate::event::Event;
-use crate::id::{DeviceId, SessionId};
+use crate::id::{DeviceId, NoticeNumber, SessionId};
 use crate::lease::{HostLease, LeaseTerms};
 use crate::moment::Moment;
 use crate::notice::Notice;
-use crate::outbox::{AckError, Outbox, OutboxLimits};
+use crate::outbox::{AckError, NotRetained, Outbox, OutboxLimits};
 use crate::round::Resolution;
 
 /// T_ack. The slowest flush known waits for running DMA, which is milliseconds; and a caller in the
@@ -162,6 +163,34 @@ pub enum QuotaError {
     },
 }
 
+/// Why a session does not go on: the device flushes everything and gets a new one (ResumeOrFlush).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ResumeError {
+    /// It is over.
+    #[error("the session is {}", phase.name())]
+    Over {
+        /// Fenced or Gone.
+        phase: Phase,
+    },
+    /// Its lease has expired, even if no tick has seen it yet.
+    #[error("the session's lease has expired")]
+    LeaseExpired,
+    /// The host agent ended it: by an administrator's word, for a newer one, or because the device broke the protocol.
+    #[error("the host agent ended the session")]
+    Ended,
+    /// What the device says it received does not fit what was sent.
+    #[error(transparent)]
+    NotRetained(#[from] NotRetained),
+}
+
+/// Whether a device that lost its stream may come back to its session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Resumable {
+    Yes,
+    /// The host agent ended it.
+    No,
+}
+
 /// One session: phase, lease, outbox and quotas, to be kept under one lock.
 ///
 /// Every token that [`Session::on_event`] is given comes back exactly once, as an
@@ -180,6 +209,7 @@ pub struct Session<T> {
     device: DeviceId,
     config: SessionConfig,
     phase: Phase,
+    resumable: Resumable,
     lease: HostLease,
     outbox: Outbox<T>,
     /// Since when a notice could be sent and none was taken.
@@ -201,6 +231,7 @@ impl<T> Session<T> {
             id,
             device,
             phase: Phase::Live,
+            resumable: Resumable::Yes,
             lease: HostLease::new(config.lease, now),
             outbox: Outbox::new(config.outbox),
             undrained_since: None,
@@ -292,6 +323,62 @@ impl<T> Session<T> {
         }
     }
 
+    /// The host agent ends the session for a reason of its own: as [`Session::on_severed`], and the device
+    /// cannot resume.
+    pub fn on_ended(&mut self, now: Moment, effects: &mut Effects<T>) {
+        self.resumable = Resumable::No;
+        self.on_severed(now, effects);
+    }
+
+    /// Whether the session goes on for a device that connected again, and has received every notice up to
+    /// `received_through` and nothing above it (ResumeOrFlush). Changes nothing.
+    ///
+    /// # Errors
+    /// [`ResumeError`]: the device flushes everything.
+    pub fn resume_or_flush(
+        &self,
+        received_through: Option<NoticeNumber>,
+        now: Moment,
+    ) -> Result<(), ResumeError> {
+        if self.phase.is_over() {
+            return Err(ResumeError::Over { phase: self.phase });
+        }
+        if self.lease.is_expired(now) {
+            return Err(ResumeError::LeaseExpired);
+        }
+        if self.resumable == Resumable::No {
+            return Err(ResumeError::Ended);
+        }
+        Ok(self.outbox.can_resume(received_through)?)
+    }
+
+    /// The device connected again. The session goes on on its new stream, whether or not the old one is
+    /// known to be lost: every notice that is not acked is sent again, then what is pending. Faults of the old
+    /// stream are forgotten.
+    ///
+    /// No lease is granted, and what was overdue stays so: a device that only connects again is fenced
+    /// like one that is silent (BoundedResolution).
+    ///
+    /// # Errors
+    /// As [`Session::resume_or_flush`], and then nothing has changed.
+    pub fn on_resumed(
+        &mut self,
+        received_through: Option<NoticeNumber>,
+        now: Moment,
+        effects: &mut Effects<T>,
+    ) -> Result<(), ResumeError> {
+        self.resume_or_flush(received_through, now)?;
+        self.outbox.on_resumed();
+        self.faults_in_flight = 0;
+        // Kept where it was set: not to read on one stream after the other is not to read.
+        self.watch_drain(now);
+        let phase = if self.is_overdue(now) { Phase::Suspect } else { Phase::Live };
+        if phase != self.phase {
+            self.enter(phase, effects);
+        }
+        Ok(())
+    }
+
     /// The device said that it flushed everything and leaves.
     pub fn on_left(&mut self, _now: Moment, effects: &mut Effects<T>) {
         if !self.phase.is_over() {
@@ -303,6 +390,7 @@ impl<T> Session<T> {
     /// An administrator ends the session. No ack is made up for it: the device is waited for until
     /// its lease expires.
     pub fn on_evict(&mut self, _now: Moment, effects: &mut Effects<T>) {
+        self.resumable = Resumable::No;
         if self.phase.has_stream() {
             self.enter(Phase::Severed, effects);
             effects.push(Effect::EndStream(EndReason::Evicted));
@@ -429,6 +517,12 @@ impl<T> Session<T> {
     #[must_use]
     pub fn enforcement(&self) -> Enforcement {
         self.config.enforcement
+    }
+
+    /// The most notices that are sent and not acked.
+    #[must_use]
+    pub fn window(&self) -> u32 {
+        self.config.outbox.window
     }
 
     /// Its outbox.

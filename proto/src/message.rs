@@ -207,7 +207,7 @@ pub struct Welcome {
     pub window: u32,
     /// What PageService asks for.
     pub epoch: Epoch,
-    /// The lowest notice to resume from.
+    /// Of a session that goes on: the lowest notice that is not acked; `None`: all are.
     pub retained_floor: Option<NoticeNumber>,
     /// Whether the device may keep what it holds.
     pub resume: Resume,

@@ -385,6 +385,8 @@ impl Accelerator {
         let address = key.range().start();
         let granted = match link.faulter.fault_ticketed(key.address_space, key.range(), access).await {
             Err(FaultError::Refused(error)) if error.reason == Reason::FaultContended => return Ok(None),
+            // The connection was lost, and the session goes on: asked again.
+            Err(FaultError::Interrupted) => return Ok(None),
             granted => granted.map_err(|source| AccessError::Fault { address, source })?,
         };
         // One page was asked for, so there is one ticket, and it covers the page.

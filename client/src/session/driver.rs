@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use shootdown_core::ack::Arrived;
 use shootdown_core::busy_poll::BusyPoll;
-use shootdown_core::{Moment, Notice, Scope};
+use shootdown_core::{FlushReport, Moment, Notice, NoticeKind, Scope};
 use shootdown_proto::message::{Grant, HostSays, RequestId, SessionError};
 use shootdown_proto::v1;
 use tokio::sync::Semaphore;
@@ -18,12 +19,13 @@ use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::WaitForCancellationFuture;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::config::ResumePolicy;
 use crate::connection::TransportError;
 use crate::fault::{self, Granted};
 use crate::session::end::{AllFlushed, EndCause, SessionEnd, Violation};
 use crate::session::flush::{AnyTlb, Flush};
 use crate::session::requests::{FaultRefused, Reply, SubscribedAt};
-use crate::session::{Session, Tell, heartbeat, vigil};
+use crate::session::{Session, Tell, heartbeat, reconnect, vigil};
 use crate::subscription::Unclaimed;
 use crate::ticket::NotOpened;
 use crate::tlb::FlushAllCause;
@@ -73,6 +75,25 @@ impl Drop for CloseOnDrop {
     }
 }
 
+fn session_resumes(session: &Session) -> bool {
+    session.config.resume == ResumePolicy::Resume
+}
+
+/// What the flush of a notice brought back is not known any more: all that it can have been.
+fn report_of_a_lost_ack(notice: &Notice) -> Option<FlushReport> {
+    // After a FlushAll nothing is reported by range; what was used is told again by itself.
+    let Scope::Range(_, range) = notice.scope else { return None };
+    let (young, dirty) = match notice.kind {
+        NoticeKind::RangeEnd => return None,
+        NoticeKind::ClearYoung => (vec![range], vec![]),
+        NoticeKind::ClearFlushYoung
+        | NoticeKind::ChangePte(_)
+        | NoticeKind::Invalidate
+        | NoticeKind::Release => (vec![range], vec![range]),
+    };
+    Some(FlushReport { notice: notice.number, young, dirty, timing: None })
+}
+
 fn answer_mismatch(request: RequestId) -> EndCause {
     EndCause::Violation(Violation::AnswerMismatch { request: request.get() })
 }
@@ -104,6 +125,14 @@ impl Driver {
             match self.apply(next) {
                 Ok(Goes::On) => {}
                 Ok(Goes::Closing) => break Line::Up,
+                Err(cause) if self.may_resume(&cause) => match self.resume(closing.as_mut(), &cause).await {
+                    Ok(Goes::On) => {}
+                    Ok(Goes::Closing) => break Line::Down,
+                    Err(cause) => {
+                        self.session.close(cause);
+                        break Line::Down;
+                    }
+                },
                 Err(cause) => {
                     self.session.close(cause);
                     break if lost { Line::Down } else { Line::Up };
@@ -114,6 +143,37 @@ impl Driver {
         drop((heartbeat, guard));
         tracing::info!(session = %self.session.welcome.session, cause = %end.cause, "session ended");
         self.tell.ended.send_replace(Some(end));
+    }
+
+    fn may_resume(&self, cause: &EndCause) -> bool {
+        self.session.config.resume == ResumePolicy::Resume
+            && reconnect::is_resumable(cause)
+            && self.session.gate.check().is_ok()
+    }
+
+    /// Connects again, while flushes go on. The lease is watched by the heartbeat's task.
+    async fn resume(
+        &mut self,
+        mut closing: Pin<&mut WaitForCancellationFuture<'_>>,
+        cause: &EndCause,
+    ) -> Result<Goes, EndCause> {
+        let session = Arc::clone(&self.session);
+        tracing::warn!(session = %session.welcome.session, %cause, "the stream is lost; connecting again");
+        session.on_lost();
+        let mut reconnecting = std::pin::pin!(reconnect::reconnect(&session));
+        loop {
+            tokio::select! {
+                // As in `next`.
+                biased;
+                () = closing.as_mut() => return Ok(Goes::Closing),
+                Some(ended) = self.flushes.join_next() => ended.map_err(|_| EndCause::FlushPanicked)?,
+                inbound = reconnecting.as_mut() => {
+                    self.inbound = inbound?;
+                    tracing::info!(session = %session.welcome.session, "session resumed");
+                    return Ok(Goes::On);
+                }
+            }
+        }
     }
 
     async fn next(&mut self, closing: Pin<&mut WaitForCancellationFuture<'_>>) -> Next {
@@ -160,7 +220,7 @@ impl Driver {
                 // Where nobody waits any more it is dropped unclaimed, and unsubscribes itself.
                 let unclaimed = Unclaimed::new(&self.session, SubscribedAt { id: subscription, seq });
                 match self.answered(request) {
-                    Some(Reply::Subscribe { to }) => drop(to.send(Ok(unclaimed))),
+                    Some(Reply::Subscribe { to, .. }) => drop(to.send(Ok(unclaimed))),
                     Some(_) => return Err(answer_mismatch(request)),
                     None => {}
                 }
@@ -177,7 +237,8 @@ impl Driver {
                 }
                 Ok(())
             }
-            HostSays::Drain { deadline, resumable: _ } => {
+            HostSays::Drain { resumable: true, .. } if session_resumes(&self.session) => Ok(()),
+            HostSays::Drain { deadline, .. } => {
                 self.tell.drain.send_replace(Some(deadline));
                 Ok(())
             }
@@ -194,7 +255,15 @@ impl Driver {
         let session = &self.session;
         let received: Option<Moment> = session.welcome.wants_timing.then(|| session.clock().now());
         for notice in notices {
-            let in_flight = self.session.outgoing.on_notice(notice.number).map_err(EndCause::Gap)?;
+            let arrived = self.session.outgoing.on_notice(notice.number).map_err(EndCause::Gap)?;
+            let in_flight = match arrived {
+                (Arrived::New, in_flight) => in_flight,
+                (Arrived::Known, _) => continue,
+                (Arrived::Flushed, _) => {
+                    self.session.outgoing.on_lost_ack(report_of_a_lost_ack(&notice), notice.number);
+                    continue;
+                }
+            };
             let window = self.session.welcome.window;
             if in_flight > window as usize {
                 return Err(EndCause::Violation(Violation::WindowExceeded { window }));
@@ -249,7 +318,7 @@ impl Driver {
     fn on_refused(&mut self, error: SessionError) {
         match error.request.and_then(|request| self.answered(request)) {
             Some(Reply::Fault { to, .. }) => drop(to.send(Err(FaultRefused::Host(error)))),
-            Some(Reply::Subscribe { to }) => drop(to.send(Err(error))),
+            Some(Reply::Subscribe { to, .. }) => drop(to.send(Err(error))),
             Some(Reply::Unsubscribe { subscription, to }) => {
                 self.session.holdings.lock().unsubscribed(subscription);
                 to.map(|to| to.send(Err(error)));

@@ -34,6 +34,9 @@ pub enum EndCause {
     /// The host agent sent what it must not.
     #[error("the host agent broke the protocol")]
     Violation(#[source] Violation),
+    /// The connection was lost, and the host agent could not go on where the device had stopped.
+    #[error("the host agent could not resume the session")]
+    NotResumed,
     /// The lease was not renewed in time.
     #[error("the lease ran out")]
     LeaseExpired,
@@ -72,6 +75,9 @@ pub enum Violation {
     /// A second Welcome.
     #[error("Welcome came twice")]
     WelcomeTwice,
+    /// A session goes on, and it is not the one that this device had.
+    #[error("another session was resumed than the one that was lost")]
+    ResumeMismatch,
 }
 
 /// How a session ended.

@@ -11,14 +11,14 @@
 //! There is no task between a flush and the transport. Whenever the transport asks for a message it gets
 //! one ack of all that was flushed until then: under load acks get bigger, not later.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use futures_util::Stream;
 use parking_lot::Mutex;
-use shootdown_core::ack::{AckTracker, ContiguityError};
+use shootdown_core::ack::{AckTracker, Arrived, ContiguityError};
 use shootdown_core::{Ack, AddrRange, AddressSpaceId, FlushReport, Moment, NoticeNumber, SessionId};
 use shootdown_proto::message::{DeviceSays, Hello, MAX_RANGES_A_MESSAGE, RequestId};
 use shootdown_proto::v1;
@@ -41,19 +41,43 @@ pub(crate) struct Outgoing {
 /// session's window.
 #[derive(Debug)]
 struct State {
+    /// Which stream the transport takes messages from: an earlier one gets none.
+    line: u64,
+    greeting: Greeting,
     hello: Option<Hello>,
     hello_sent: Option<Moment>,
     session: Option<SessionId>,
     heartbeat: Option<RequestId>,
     heartbeats_sent: VecDeque<(RequestId, Moment)>,
-    young: BTreeMap<AddressSpaceId, Vec<AddrRange>>,
+    young: YoungRanges,
+    /// Reports that were sent, and with which heartbeat behind them: its answer says that they arrived.
+    young_sent: YoungRanges,
+    young_in_flight: VecDeque<(RequestId, YoungRanges)>,
     acks: AckTracker,
     /// What is left of an ack that was too large for one message.
     ack_parts: VecDeque<Ack>,
     requests: VecDeque<(RequestId, DeviceSays)>,
+    /// Requests that were sent on a stream which was lost; they are not withdrawn any more.
+    again: VecDeque<DeviceSays>,
     turn: Turn,
     last_word: LastWord,
     waker: Option<Waker>,
+}
+
+type YoungRanges = BTreeMap<AddressSpaceId, Vec<AddrRange>>;
+
+fn join_young(into: &mut YoungRanges, address_space: AddressSpaceId, ranges: Vec<AddrRange>) {
+    let known = into.entry(address_space).or_default();
+    known.extend(ranges);
+    at_most(known, MAX_RANGES_A_MESSAGE);
+}
+
+/// Whether there is a session on the stream: nothing but Hello goes before its Welcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Greeting {
+    Said,
+    /// The stream was lost, or its Welcome has not come.
+    Awaited,
 }
 
 /// Acks go first, but never twice while a request waits.
@@ -73,15 +97,20 @@ enum LastWord {
 impl Outgoing {
     pub(crate) fn new(clock: Clock, hello: Hello) -> Arc<Self> {
         let state = State {
+            line: 1,
+            greeting: Greeting::Said,
             hello: Some(hello),
             hello_sent: None,
             session: None,
             heartbeat: None,
             heartbeats_sent: VecDeque::with_capacity(HEARTBEATS_KEPT),
-            young: BTreeMap::new(),
+            young: YoungRanges::new(),
+            young_sent: YoungRanges::new(),
+            young_in_flight: VecDeque::with_capacity(HEARTBEATS_KEPT),
             acks: AckTracker::new(),
             ack_parts: VecDeque::new(),
             requests: VecDeque::new(),
+            again: VecDeque::new(),
             turn: Turn::Ack,
             last_word: LastWord::NotYet,
             waker: None,
@@ -91,7 +120,56 @@ impl Outgoing {
 
     /// What the transport reads.
     pub(crate) fn stream(self: &Arc<Self>) -> OutgoingStream {
-        OutgoingStream(Arc::clone(self))
+        OutgoingStream { outgoing: Arc::clone(self), line: self.state.lock().line }
+    }
+
+    /// The stream is lost: nothing goes out on it any more. The requests that did not.
+    pub(crate) fn cut(&self) -> HashSet<RequestId> {
+        let mut unsent = HashSet::new();
+        self.change(|state| {
+            state.line += 1;
+            state.greeting = Greeting::Awaited;
+            state.heartbeats_sent.clear();
+            // Whether they arrived is not known: they are told again.
+            let in_flight = std::mem::take(&mut state.young_in_flight).into_iter().map(|(_, young)| young);
+            let sent = std::mem::take(&mut state.young_sent);
+            for (address_space, ranges) in in_flight.chain([sent]).flatten() {
+                join_young(&mut state.young, address_space, ranges);
+            }
+            // Parts of an ack that was begun: the host agent sends those notices again.
+            state.ack_parts.clear();
+            state.again.clear();
+            unsent = state.requests.iter().map(|(request, _)| *request).collect();
+        });
+        unsent
+    }
+
+    /// Requests whose answers did not come; they go before any other.
+    pub(crate) fn ask_again(&self, requests: Vec<DeviceSays>) {
+        self.state.lock().again = requests.into();
+    }
+
+    /// The next stream: Hello goes first, and all that waits when its Welcome has come.
+    pub(crate) fn greet_again(self: &Arc<Self>, hello: Hello) -> OutgoingStream {
+        self.change(|state| {
+            state.line += 1;
+            state.greeting = Greeting::Awaited;
+            (state.hello, state.hello_sent) = (Some(hello), None);
+        });
+        self.stream()
+    }
+
+    /// The session goes on: what is below `floor` the host agent has acks of.
+    pub(crate) fn on_resumed(&self, floor: Option<NoticeNumber>) {
+        self.change(|state| {
+            state.acks.on_resumed(floor);
+            state.greeting = Greeting::Said;
+        });
+    }
+
+    /// The last notice that arrived.
+    pub(crate) fn last_received(&self) -> Option<NoticeNumber> {
+        self.state.lock().acks.last_received()
     }
 
     /// When the transport took Hello.
@@ -101,11 +179,16 @@ impl Outgoing {
         state.hello_sent
     }
 
-    /// A notice arrived; how many are in flight now.
-    pub(crate) fn on_notice(&self, number: NoticeNumber) -> Result<usize, ContiguityError> {
+    /// A notice arrived; what it asks for, and how many are in flight now.
+    pub(crate) fn on_notice(&self, number: NoticeNumber) -> Result<(Arrived, usize), ContiguityError> {
         let mut state = self.state.lock();
-        state.acks.on_notice(number)?;
-        Ok(state.acks.in_flight())
+        let arrived = state.acks.on_notice(number)?;
+        Ok((arrived, state.acks.in_flight()))
+    }
+
+    /// The notice's ack was lost with an earlier stream: it is acked again.
+    pub(crate) fn on_lost_ack(&self, report: Option<FlushReport>, number: NoticeNumber) {
+        self.change(|state| state.acks.on_lost_ack(report, number));
     }
 
     /// The notice's flush is complete and its uses have ended: it may be acked.
@@ -131,11 +214,7 @@ impl Outgoing {
 
     /// Goes out before every ack that is not sent yet.
     pub(crate) fn report_young(&self, address_space: AddressSpaceId, ranges: Vec<AddrRange>) {
-        self.change(|state| {
-            let known = state.young.entry(address_space).or_default();
-            known.extend(ranges);
-            at_most(known, MAX_RANGES_A_MESSAGE);
-        });
+        self.change(|state| join_young(&mut state.young, address_space, ranges));
     }
 
     /// One that was not sent yet is replaced: it would renew nothing more.
@@ -143,9 +222,12 @@ impl Outgoing {
         self.change(|state| state.heartbeat = Some(request));
     }
 
-    /// When the heartbeat that was answered was sent.
+    /// When the heartbeat that was answered was sent. Whatever was sent before it has arrived.
     pub(crate) fn heartbeat_sent(&self, request: RequestId) -> Option<Moment> {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        if let Some(at) = state.young_in_flight.iter().position(|(sent, _)| *sent == request) {
+            state.young_in_flight.drain(..=at);
+        }
         state.heartbeats_sent.iter().find(|(sent, _)| *sent == request).map(|(_, at)| *at)
     }
 
@@ -177,15 +259,23 @@ impl State {
             self.hello_sent = Some(clock.now());
             return Some(DeviceSays::Hello(hello));
         }
+        if self.greeting == Greeting::Awaited {
+            return None;
+        }
         if let Some(request) = self.heartbeat.take() {
             if self.heartbeats_sent.len() == HEARTBEATS_KEPT {
                 self.heartbeats_sent.pop_front();
             }
             self.heartbeats_sent.push_back((request, clock.now()));
+            self.mark_young(request);
             return Some(DeviceSays::Heartbeat { request });
         }
         if let Some((address_space, ranges)) = self.young.pop_first() {
+            join_young(&mut self.young_sent, address_space, ranges.clone());
             return Some(DeviceSays::Young { address_space, ranges });
+        }
+        if let Some(says) = self.again.pop_front() {
+            return Some(says);
         }
         if self.turn == Turn::Request
             && let Some((_, says)) = self.requests.pop_front()
@@ -198,6 +288,18 @@ impl State {
             return Some(DeviceSays::Ack { session: self.session, ack });
         }
         self.requests.pop_front().map(|(_, says)| says)
+    }
+
+    /// The answer to this heartbeat says that the reports before it arrived.
+    fn mark_young(&mut self, heartbeat: RequestId) {
+        if self.young_in_flight.len() == HEARTBEATS_KEPT
+            && let Some((_, oldest)) = self.young_in_flight.pop_front()
+        {
+            // Nobody will know of it before the next.
+            let next = self.young_in_flight.front_mut().map_or(&mut self.young_sent, |(_, young)| young);
+            oldest.into_iter().for_each(|(address_space, ranges)| join_young(next, address_space, ranges));
+        }
+        self.young_in_flight.push_back((heartbeat, std::mem::take(&mut self.young_sent)));
     }
 
     fn next_ack(&mut self) -> Option<Ack> {
@@ -249,15 +351,18 @@ fn split(mut ack: Ack, most: usize) -> VecDeque<Ack> {
 
 /// The messages of the device, as the transport takes them.
 #[derive(Debug)]
-pub(crate) struct OutgoingStream(Arc<Outgoing>);
+pub(crate) struct OutgoingStream {
+    outgoing: Arc<Outgoing>,
+    line: u64,
+}
 
 impl Stream for OutgoingStream {
     type Item = v1::SessionRequest;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<v1::SessionRequest>> {
-        let outgoing = &self.0;
+        let outgoing = &self.outgoing;
         let mut state = outgoing.state.lock();
-        if state.last_word == LastWord::Silence {
+        if state.line != self.line || state.last_word == LastWord::Silence {
             return Poll::Ready(None);
         }
         if let Some(says) = state.next(&outgoing.clock) {

@@ -1,12 +1,12 @@
 //! Requests that wait for their answer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use shootdown_core::{Seq, SubscriptionId};
-use shootdown_proto::message::{DeviceSays, Fault, RequestId, SessionError};
+use shootdown_proto::message::{DeviceSays, Fault, RequestId, SessionError, Subscribe};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::fault::Granted;
@@ -44,7 +44,7 @@ pub(crate) struct Pending {
 #[derive(Debug)]
 pub(crate) enum Reply {
     Fault { fault: Fault, to: oneshot::Sender<Result<Granted, FaultRefused>> },
-    Subscribe { to: oneshot::Sender<Result<Unclaimed, SessionError>> },
+    Subscribe { ask: Subscribe, to: oneshot::Sender<Result<Unclaimed, SessionError>> },
     Unsubscribe { subscription: SubscriptionId, to: Option<oneshot::Sender<Result<(), SessionError>>> },
 }
 
@@ -54,6 +54,8 @@ pub(crate) enum FaultRefused {
     Host(SessionError),
     /// No subscription that the device has covers the range any more.
     NotSubscribed,
+    /// The stream was lost before the answer came.
+    Interrupted,
 }
 
 /// A new subscription, as the host agent tells of it.
@@ -93,6 +95,37 @@ impl Requests {
         drop(pending);
         self.fault_permits.close();
         self.subscription_permits.close();
+    }
+
+    /// The stream was lost. Faults that were sent end, because what was granted meanwhile is not waited for;
+    /// whatever else was sent is to be asked again, by the same request, in the order in which it was asked: the
+    /// host agent may have done it already, and does not do it twice.
+    pub(crate) fn interrupt(&self, unsent: &HashSet<RequestId>) -> Vec<DeviceSays> {
+        let (mut again, mut ended) = (Vec::new(), Vec::new());
+        {
+            let mut table = self.table.lock();
+            let sent: Vec<RequestId> =
+                table.pending.keys().filter(|request| !unsent.contains(request)).copied().collect();
+            for request in sent {
+                match table.pending.get(&request).map(|pending| &pending.reply) {
+                    Some(Reply::Fault { .. }) => ended.extend(table.pending.remove(&request)),
+                    Some(Reply::Subscribe { ask, .. }) => {
+                        again.push((request, DeviceSays::Subscribe(ask.clone())));
+                    }
+                    Some(&Reply::Unsubscribe { subscription, .. }) => {
+                        again.push((request, DeviceSays::Unsubscribe { request, subscription }));
+                    }
+                    None => {}
+                }
+            }
+        }
+        for pending in ended {
+            if let Reply::Fault { to, .. } = pending.reply {
+                let _ = to.send(Err(FaultRefused::Interrupted));
+            }
+        }
+        again.sort_unstable_by_key(|(request, _)| *request);
+        again.into_iter().map(|(_, says)| says).collect()
     }
 
     /// Requests that are not answered.

@@ -11,8 +11,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use shootdown_client::{
     Access, AddrRange, AddressSpaceId, Cause, CommitTicket, Device, DeviceConfig, DeviceId, DeviceTlb,
-    Endpoint, FlushAllCause, Flushed, FrameNumber, Invalidation, NoticeNumber, PageSize, Reason, Seq,
-    SessionId, SubscribeOptions, Subscription, SubscriptionId, Translation, Young,
+    Endpoint, FlushAllCause, Flushed, FrameNumber, Invalidation, NoticeNumber, PageSize, Reason,
+    ResumePolicy, Seq, SessionId, SubscribeOptions, Subscription, SubscriptionId, Translation, Young,
 };
 use shootdown_core::{Ack, Notice, NoticeKind, Scope};
 use shootdown_proto::message::{DeviceSays, Fault, Grant, HostSays, Resume, Welcome};
@@ -154,8 +154,18 @@ impl FakeHost {
         Self { endpoint: Endpoint::Unix(path), frames, sessions, _directory: directory, server }
     }
 
+    /// A device that does not connect again: a test that is about that says so.
     pub(crate) fn config(&self) -> DeviceConfig {
-        DeviceConfig::new(DeviceId::new("test-device").unwrap(), self.endpoint.clone())
+        let mut config = DeviceConfig::new(DeviceId::new("test-device").unwrap(), self.endpoint.clone());
+        config.resume = ResumePolicy::Flush;
+        config
+    }
+
+    /// A device that does.
+    pub(crate) fn resuming(&self) -> DeviceConfig {
+        let mut config = self.config();
+        config.resume = ResumePolicy::Resume;
+        config
     }
 
     /// A device with a session.

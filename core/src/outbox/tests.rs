@@ -293,6 +293,77 @@ fn each_ack_that_does_not_fit_is_refused_with_its_reason() {
     assert_eq!(outbox.acked_through(), Some(n(4)), "moves up over what was acked out of turn");
 }
 
+/// Five notices sent at 0 ms, 2 and 4 acked, one more pending.
+fn interrupted() -> Outbox<usize> {
+    let mut outbox = outbox(8, 8);
+    for page in 0..5 {
+        outbox.push(&event(1, page + 1, Method::Invalidate, pages(page * 2, 1)), Some(page as usize + 1));
+    }
+    assert_eq!(outbox.take_notices(8, at(0)).len(), 5);
+    outbox.on_ack(&ack(0, &[2, 4])).unwrap();
+    outbox.push(&event(1, 9, Method::Invalidate, pages(99, 1)), Some(6));
+    outbox
+}
+
+/// Invariant 12: only above the highest notice that is acked, and only up to what was sent.
+#[test]
+fn resume_or_flush() {
+    let outbox = interrupted();
+    for received in [4, 5] {
+        assert_eq!(outbox.can_resume(NoticeNumber::new(received)), Ok(()));
+    }
+    for received in [0, 1, 2, 3] {
+        let received_through = NoticeNumber::new(received);
+        let refused = NotRetained::BelowFloor { received_through, acked: n(4) };
+        assert_eq!(outbox.can_resume(received_through), Err(refused));
+    }
+    let refused = NotRetained::NeverSent { received_through: Some(n(6)), last_sent: Some(n(5)) };
+    assert_eq!(outbox.can_resume(Some(n(6))), Err(refused));
+}
+
+#[test]
+fn what_is_not_acked_is_sent_again_as_it_was_and_before_anything_new() {
+    let mut outbox = interrupted();
+    outbox.on_resumed();
+    assert_eq!(outbox.retained_floor(), Some(n(1)));
+    let first = outbox.take_notices(2, at(50));
+    assert_eq!(first.iter().map(|notice| notice.number.get()).collect::<Vec<_>>(), [1, 3]);
+    assert_eq!(first[1].scope, Scope::Range(AddressSpaceId::FIRST, pages(4, 1)));
+    assert!(outbox.is_sending_again() && outbox.has_sendable());
+    // 5 is acked before its turn comes: the device had received it.
+    assert_eq!(tokens(outbox.on_ack(&ack(0, &[5])).unwrap()), [5]);
+    assert!(!outbox.is_sending_again());
+    let rest = outbox.take_notices(8, at(50));
+    assert_eq!(rest.iter().map(|notice| notice.number.get()).collect::<Vec<_>>(), [6]);
+    assert_eq!(outbox.oldest_unacked_sent(), Some(at(0)), "T_ack counts from the first time");
+    assert_eq!(tokens(outbox.on_ack(&ack(6, &[])).unwrap()), [1, 3, 6]);
+    assert_eq!(outbox.take_notices(8, at(60)), []);
+}
+
+#[test]
+fn an_ack_of_before_the_resume_may_come_again_and_one_of_after_it_may_not() {
+    let mut outbox = interrupted();
+    outbox.on_resumed();
+    outbox.take_notices(8, at(50));
+    let told_again = Ack { reports: vec![report(2, vec![], vec![pages(2, 1)])], ..ack(0, &[1, 2]) };
+    assert_eq!(tokens(outbox.on_ack(&told_again).unwrap()), [1]);
+    assert_eq!(outbox.acked_through(), Some(n(2)));
+    assert_eq!(tokens(outbox.on_ack(&ack(1, &[])).unwrap()), Vec::<usize>::new(), "it does not go back");
+    assert_eq!(outbox.acked_through(), Some(n(2)));
+    assert_eq!(tokens(outbox.on_ack(&ack(1, &[4, 5])).unwrap()), [5]);
+    assert_eq!(tokens(outbox.on_ack(&ack(2, &[6])).unwrap()), [6]);
+    assert_eq!(outbox.on_ack(&ack(0, &[6])), Err(AckError::Twice { notice: n(6) }));
+    assert_eq!(outbox.on_ack(&ack(0, &[3, 3])), Err(AckError::Twice { notice: n(3) }));
+    assert_eq!(
+        outbox.on_ack(&ack(0, &[7])),
+        Err(AckError::NeverSent { notice: n(7), last_sent: Some(n(6)) })
+    );
+    let of_an_unacked = Ack { reports: vec![report(3, vec![], vec![])], ..ack(0, &[2]) };
+    assert_eq!(outbox.on_ack(&of_an_unacked), Err(AckError::ReportForUnacked { notice: n(3) }));
+    assert_eq!(tokens(outbox.on_ack(&ack(6, &[])).unwrap()), [3]);
+    assert_eq!(outbox.on_ack(&ack(6, &[])), Err(AckError::Twice { notice: n(6) }));
+}
+
 #[test]
 fn young_and_dirty_bits_go_to_the_tokens_whose_range_was_used() {
     let mut outbox = outbox(1, 8);
@@ -799,7 +870,7 @@ proptest! {
                     pushed += 1;
                 }
                 1 => for notice in outbox.take_notices(2, at(0)) {
-                    prop_assert_eq!(books.on_notice(notice.number), Ok(()));
+                    prop_assert_eq!(books.on_notice(notice.number), Ok(crate::ack::Arrived::New));
                     in_flight.push(notice.number);
                 },
                 2 if !in_flight.is_empty() => {

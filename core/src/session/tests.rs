@@ -97,7 +97,7 @@ fn in_phase_of(enforcement: Enforcement, phase: Phase) -> Session<u32> {
 type Input = fn(&mut Session<u32>, &mut Effects<u32>) -> String;
 
 /// What each input returns, as text; its effects are in the sink.
-const INPUTS: [(&str, Input); 14] = [
+const INPUTS: [(&str, Input); 17] = [
     ("event", |session, effects| {
         session.on_event(&event(2), Some(3), at(200), effects);
         String::new()
@@ -122,6 +122,17 @@ const INPUTS: [(&str, Input); 14] = [
     ("severed", |session, effects| {
         session.on_severed(at(200), effects);
         String::new()
+    }),
+    ("ended", |session, effects| {
+        session.on_ended(at(200), effects);
+        String::new()
+    }),
+    ("resumed", |session, effects| {
+        let resumed = session.on_resumed(NoticeNumber::new(1), at(200), effects);
+        format!("{resumed:?}, then {} notices", session.take_notices(8, at(200)).len())
+    }),
+    ("resumed past the lease", |session, effects| {
+        format!("{:?}", session.on_resumed(NoticeNumber::new(1), at(1010), effects))
     }),
     ("left", |session, effects| {
         session.on_left(at(200), effects);
@@ -212,6 +223,82 @@ fn a_suspect_session_stays_so_while_anything_is_overdue() {
     session.on_ack(&ack(2), at(180), &mut effects).unwrap();
     assert_eq!(session.phase(), Phase::Live);
     assert_eq!(session.on_heartbeat(at(180)), Some(Duration::from_millis(1000)));
+}
+
+/// Invariant 12: by its phase, its lease, its books, and whether the host agent ended it.
+#[test]
+fn resume_or_flush() {
+    for phase in Phase::EVERY {
+        let session = in_phase(phase);
+        let first = NoticeNumber::new(1);
+        let resumed = session.resume_or_flush(first, at(1009));
+        match phase {
+            Phase::Live | Phase::Suspect | Phase::Severed => assert_eq!(resumed, Ok(()), "{phase:?}"),
+            Phase::Fenced | Phase::Gone => assert_eq!(resumed, Err(ResumeError::Over { phase })),
+        }
+        if !phase.is_over() {
+            assert_eq!(session.resume_or_flush(first, at(1010)), Err(ResumeError::LeaseExpired));
+            assert!(matches!(
+                session.resume_or_flush(NoticeNumber::new(2), at(200)),
+                Err(ResumeError::NotRetained(_))
+            ));
+        }
+    }
+    type End = fn(&mut Session<u32>, &mut Effects<u32>);
+    let ends: [End; 2] = [
+        |session, effects| session.on_evict(at(200), effects),
+        |session, effects| session.on_ended(at(200), effects),
+    ];
+    for end in ends {
+        for phase in [Phase::Live, Phase::Severed] {
+            let mut session = in_phase(phase);
+            end(&mut session, &mut Effects::new());
+            assert_eq!(session.resume_or_flush(NoticeNumber::new(1), at(200)), Err(ResumeError::Ended));
+        }
+    }
+}
+
+/// Invariant 19: who only connects again gets no lease by it, and none later while the ack is owed.
+#[test]
+fn coming_back_is_neither_a_lease_nor_an_ack() {
+    let mut session = in_phase(Phase::Severed);
+    let mut effects = Effects::new();
+    session.try_fault().unwrap();
+    let expires = session.lease_expires();
+    for millis in (200..1000).step_by(50) {
+        session.on_resumed(NoticeNumber::new(1), at(millis), &mut effects).unwrap();
+        assert_eq!(session.lease_expires() > expires, millis > 200, "by a heartbeat only");
+        let overdue = millis >= 290;
+        assert_eq!(session.phase(), if overdue { Phase::Suspect } else { Phase::Live });
+        assert!(
+            session.take_notices(8, at(millis)).iter().any(|notice| notice.number == NoticeNumber::FIRST)
+        );
+        assert_eq!(session.on_heartbeat(at(millis)).is_some(), !overdue);
+        session.on_severed(at(millis + 1), &mut effects);
+    }
+    assert_eq!(session.faults_in_flight(), 0, "given back with the stream");
+    drained(&mut effects);
+    assert!(session.on_tick(session.lease_expires(), &mut effects).is_none());
+    assert_eq!(drained(&mut effects), ["severed->fenced", "1 fenced", "2 fenced"]);
+}
+
+/// What is sent and not read, on one stream after the other, is overdue as on one.
+#[test]
+fn a_device_that_connects_again_and_reads_nothing_is_suspect() {
+    let mut session = session();
+    let mut effects = Effects::new();
+    session.on_event(&event(0), Some(1), at(0), &mut effects);
+    for millis in [30, 60, 90] {
+        session.on_severed(at(millis), &mut effects);
+        session.on_resumed(None, at(millis), &mut effects).unwrap();
+    }
+    assert_eq!(session.on_heartbeat(at(100)), None);
+    session.on_tick(at(100), &mut effects);
+    assert_eq!(session.phase(), Phase::Suspect);
+    // It reads and acks at last.
+    assert_eq!(session.take_notices(8, at(110)).len(), 1);
+    session.on_ack(&ack(1), at(120), &mut effects).unwrap();
+    assert_eq!(session.phase(), Phase::Live);
 }
 
 #[test]

@@ -48,9 +48,10 @@ impl DeviceService for Devices {
             Err(refused) => Err(refused),
         };
         match opened {
-            Ok(handle) => {
-                let outgoing = Outgoing::session(handle.clone());
-                self.host.tasks().spawn(task::run(self.host.clone(), handle, inbound));
+            // No await between this and the task: a session without one would never be forgotten.
+            Ok(opened) => {
+                let outgoing = Outgoing::session(Arc::clone(&opened.handle), opened.line);
+                self.host.tasks().spawn(task::run(self.host.clone(), opened, inbound));
                 Ok(Response::new(outgoing))
             }
             Err(refused) => {

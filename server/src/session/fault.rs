@@ -19,7 +19,7 @@ use shootdown_core::{AddrRange, Translation};
 use shootdown_proto::error::Reason;
 use shootdown_proto::message::{Fault, Grant, HostSays};
 
-use super::SessionHandle;
+use super::{LineId, SessionHandle};
 use crate::directory::AddressSpace;
 use crate::host::Host;
 use crate::source::FaultError;
@@ -39,6 +39,9 @@ enum Refused {
     NotSubscribed(AddrRange),
     #[error("the address space was released")]
     Released,
+    /// Never said: there is nobody to say it to.
+    #[error("the stream that it came on is lost; ask again")]
+    Interrupted,
     #[error("the pages changed {MOST_TRIES} times while the fault was served; ask again")]
     Contended,
     #[error(transparent)]
@@ -50,22 +53,30 @@ impl Refused {
         match self {
             Self::NotSubscribed(_) => Reason::FaultNotSubscribed,
             Self::Released => Reason::AddressSpaceReleased,
-            Self::Contended => Reason::FaultContended,
+            Self::Contended | Self::Interrupted => Reason::FaultContended,
             Self::Source(error) => status::fault_reason(error),
         }
     }
 }
 
 /// Serves a fault in a task of its own, so that a held one never delays an ack of the same session.
-pub(super) fn start(host: &Host, handle: &Arc<SessionHandle>, fault: Fault) {
+///
+/// It ends with the stream that it came on: the device asks again on the next one.
+pub(super) fn start(host: &Host, handle: &Arc<SessionHandle>, on: LineId, fault: Fault) {
     let Some(space) = host.directory().get(fault.address_space) else {
-        return handle.refuse_unknown(fault.address_space, fault.request);
+        return handle.refuse_unknown(on, fault.address_space, fault.request);
     };
-    let counted = handle.state.lock().session.try_fault();
+    let (counted, severed) = {
+        let mut state = handle.state.lock();
+        if state.line.id != on {
+            return;
+        }
+        (state.session.try_fault(), state.line.ends.severed.clone())
+    };
     if let Err(quota) = counted {
-        return handle.refuse(Reason::FaultQuota, quota.to_string(), Some(fault.request));
+        return handle.refuse(on, Reason::FaultQuota, quota.to_string(), Some(fault.request));
     }
-    let mut in_flight = InFlight { handle: Arc::clone(handle), granted: Granted::No };
+    let mut in_flight = InFlight { handle: Arc::clone(handle), on, granted: Granted::No };
     host.tasks().spawn_on(
         async move {
             let handle = &in_flight.handle;
@@ -73,11 +84,14 @@ pub(super) fn start(host: &Host, handle: &Arc<SessionHandle>, fault: Fault) {
                 biased;
                 // First: a session that is over must not be granted anything.
                 () = handle.over.cancelled() => return,
-                served = serve(handle, &space, fault) => served,
+                () = severed.cancelled() => return,
+                served = serve(handle, on, &space, fault) => served,
             };
             match served {
                 Ok(()) => in_flight.on_granted(),
-                Err(refused) => handle.refuse(refused.reason(), refused.to_string(), Some(fault.request)),
+                Err(refused) => {
+                    handle.refuse(on, refused.reason(), refused.to_string(), Some(fault.request));
+                }
             }
         },
         &handle.shard.runtime,
@@ -88,6 +102,7 @@ pub(super) fn start(host: &Host, handle: &Arc<SessionHandle>, fault: Fault) {
 /// bytes that a grant carries are kept for the device until then, or until it is refused.
 struct InFlight {
     handle: Arc<SessionHandle>,
+    on: LineId,
     granted: Granted,
 }
 
@@ -100,12 +115,21 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         if self.granted == Granted::No {
-            self.handle.state.lock().session.on_fault_done();
+            let mut state = self.handle.state.lock();
+            // A resume has given back all that was counted on an earlier stream.
+            if state.line.id == self.on {
+                state.session.on_fault_done();
+            }
         }
     }
 }
 
-async fn serve(handle: &SessionHandle, space: &Arc<AddressSpace>, fault: Fault) -> Result<(), Refused> {
+async fn serve(
+    handle: &SessionHandle,
+    on: LineId,
+    space: &Arc<AddressSpace>,
+    fault: Fault,
+) -> Result<(), Refused> {
     for _ in 0..MOST_TRIES {
         if !handle.is_subscribed(space.id, fault.range) {
             return Err(Refused::NotSubscribed(fault.range));
@@ -122,7 +146,7 @@ async fn serve(handle: &SessionHandle, space: &Arc<AddressSpace>, fault: Fault) 
         } else {
             Bytes::new()
         };
-        if grant(handle, ticket, fault, translations, data)? == Granted::Yes {
+        if grant((handle, on), ticket, fault, translations, data)? == Granted::Yes {
             return Ok(());
         }
     }
@@ -181,7 +205,7 @@ enum Granted {
 /// Commits the ticket and puts the grant on the stream. Both under the address space's lock: an event
 /// that starts after it finds the grant ahead of its notice.
 fn grant(
-    handle: &SessionHandle,
+    (handle, on): (&SessionHandle, LineId),
     mut open: OpenTicket<'_>,
     fault: Fault,
     translations: Vec<Translation>,
@@ -203,14 +227,17 @@ fn grant(
         if state.session.phase().is_over() || !state.is_subscribed(space.id, fault.range) {
             return Err(Refused::NotSubscribed(fault.range));
         }
-        state.answers.push_back(HostSays::Grant(Grant {
+        if state.line.id != on {
+            return Err(Refused::Interrupted);
+        }
+        state.line.answers.push_back(HostSays::Grant(Grant {
             request: fault.request,
             address_space: space.id,
             seq,
             translations,
             data,
         }));
-        state.stream.take()
+        state.line.stream.take()
     };
     drop(order);
     super::wake(waker);

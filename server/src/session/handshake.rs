@@ -10,7 +10,7 @@ use shootdown_proto::message::{
     DeviceSays, Hello, HostSays, PROTOCOL_VERSIONS, Resume, SessionError, Welcome,
 };
 
-use super::{SessionHandle, State};
+use super::{LineId, SessionHandle, State};
 use crate::clock::Clock;
 use crate::fence;
 use crate::host::Host;
@@ -39,8 +39,40 @@ fn agree_on_version(hello: &Hello) -> Result<u32, SessionError> {
     })
 }
 
-/// Opens a session for a device that said Hello. The Welcome is its first answer.
-pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Arc<SessionHandle>, SessionError> {
+/// A session, and the stream that it begins or goes on on.
+pub(crate) struct Opened {
+    pub(crate) handle: Arc<SessionHandle>,
+    pub(crate) line: LineId,
+    pub(crate) earlier: Earlier,
+}
+
+/// Which word of the device says that it holds nothing of its earlier sessions.
+///
+/// Not its Hello: that may have lain on a connection which the device gave up long ago, and be read after it has
+/// made other sessions. What answers this session's Welcome has not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Earlier {
+    /// It was said, or there is nothing to say it of.
+    None,
+    /// Any: its Hello promised that it holds nothing.
+    UntilAnyWord,
+    /// A fault: it was told to flush everything before its first.
+    UntilFault,
+}
+
+impl Earlier {
+    pub(super) fn are_left(self, says: &DeviceSays) -> bool {
+        match self {
+            Self::None => false,
+            Self::UntilAnyWord => true,
+            Self::UntilFault => matches!(says, DeviceSays::Fault(_)),
+        }
+    }
+}
+
+/// Opens a session for a device that said Hello, or goes on with the one that it names. The Welcome is its first
+/// answer.
+pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Opened, SessionError> {
     let version = agree_on_version(hello)?;
     if host.is_stopping() {
         return Err(SessionError::fatal(
@@ -62,6 +94,17 @@ pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Arc<Sessi
     let clock = host.clock();
     let wants_timing = host.wants_timing() && !hello.clock_id.is_empty() && hello.clock_id == Clock::id();
     let (lease, window) = (config.lease.duration, config.outbox.window);
+    let mut earlier = Earlier::UntilAnyWord;
+    if let Some(point) = hello.resume {
+        let terms = super::resume::Terms { version, lease, wants_timing };
+        match super::resume::resume(host, hello, point, terms) {
+            Ok(opened) => return Ok(opened),
+            Err(flush) => {
+                tracing::info!(device = %hello.device, session = point.session.get(), %flush, "not resumed");
+                earlier = Earlier::UntilFault;
+            }
+        }
+    }
     let handle = host.registry().admit(&hello.device, hello.incarnation, |id, epoch| SessionHandle {
         id,
         device: hello.device.clone(),
@@ -72,40 +115,32 @@ pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Arc<Sessi
         fencer: host.fencers().of(&hello.device),
         ask_fencer: tokio::sync::Notify::new(),
         shard,
-        state: State {
-            session: Session::new(id, hello.device.clone(), config, clock.now()),
-            answers: std::collections::VecDeque::new(),
-            farewells: std::collections::VecDeque::new(),
-            last_word: None,
-            closed: false,
-            stream: None,
-            subscriptions: std::collections::HashMap::new(),
-            covered: std::collections::HashMap::new(),
-            ever_subscribed: false,
-        }
-        .into(),
+        state: State::new(Session::new(id, hello.device.clone(), config, clock.now())).into(),
         accesses: parking_lot::RwLock::new(()),
         room: tokio::sync::Notify::new(),
-        severed: tokio_util::sync::CancellationToken::new(),
         over: tokio_util::sync::CancellationToken::new(),
         clock,
     })?;
     fence::watch_over(host, &handle);
-    handle.answer(HostSays::Welcome(Welcome {
-        session: handle.id,
-        host_incarnation: host.incarnation(),
-        version,
-        lease,
-        window,
-        epoch: handle.epoch,
-        // Nothing outlives a session yet, so there is nothing to resume from.
-        retained_floor: None,
-        resume: Resume::Flush,
-        page_size: PageSize::BASE,
-        wants_timing,
-    }));
+    let line = LineId::FIRST;
+    handle.answer(
+        line,
+        HostSays::Welcome(Welcome {
+            session: handle.id,
+            host_incarnation: host.incarnation(),
+            version,
+            lease,
+            window,
+            epoch: handle.epoch,
+            // Nothing was sent yet.
+            retained_floor: None,
+            resume: Resume::Flush,
+            page_size: PageSize::BASE,
+            wants_timing,
+        }),
+    );
     tracing::info!(session = handle.id.get(), device = %handle.device, shard = handle.shard.index, "session opened");
-    Ok(handle)
+    Ok(Opened { handle, line, earlier })
 }
 
 /// The device may ask for a smaller window than the host agent's, never for a larger one: the window

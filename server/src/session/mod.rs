@@ -5,9 +5,14 @@
 //! connection and takes from the handle whatever may be sent: there is no task and no channel between
 //! an outbox and the wire. The `task` reads what the device says, applies it, and lives on after the
 //! stream is gone until the device has provably stopped.
+//!
+//! A session outlives its stream: a device that lost it connects again, and the session goes on on the new
+//! one. What belongs to one stream is a [`Line`], replaced as a whole; whoever still works for an earlier one
+//! names it by its [`LineId`], and changes nothing any more.
 
 pub(crate) mod registry;
 pub(crate) mod handshake;
+mod resume;
 pub(crate) mod stream;
 pub(crate) mod task;
 pub(crate) mod fault;
@@ -65,8 +70,6 @@ pub(crate) struct SessionHandle {
     accesses: RwLock<()>,
     /// Rings when an answer was taken for the stream.
     room: Notify,
-    /// Cancelled when the stream is to end, or has.
-    severed: CancellationToken,
     /// Cancelled when the session is over: faults that wait give up.
     over: CancellationToken,
     clock: Clock,
@@ -74,6 +77,33 @@ pub(crate) struct SessionHandle {
 
 struct State {
     session: Session<Token>,
+    line: Line,
+    subscriptions: HashMap<SubscriptionId, Held>,
+    /// Those that are being ended: rounds may still count on them. Who waits for the answer.
+    leaving: HashMap<SubscriptionId, Asked>,
+    /// What the session may fault: the ranges of those subscriptions that hear of every cause.
+    covered: HashMap<AddressSpaceId, IntervalMap<SubscriptionId, ()>>,
+    /// A device that never subscribed was never told of anything, nor granted.
+    ever_subscribed: bool,
+}
+
+/// Which of a session's streams, in the order of their Hellos.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct LineId(u64);
+
+impl LineId {
+    /// That of the Hello which opened the session.
+    const FIRST: Self = Self(1);
+
+    fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+/// One stream of a session, and what was to be said on it: of no use to the next one. What a device asked on a
+/// stream that was lost it asks again on the next.
+struct Line {
+    id: LineId,
     /// Answers and grants: they go before the notices, see [`stream`].
     answers: VecDeque<HostSays>,
     /// Answers to Unsubscribe: they go after the notices that were pending before them.
@@ -81,11 +111,37 @@ struct State {
     last_word: Option<SessionError>,
     closed: bool,
     stream: Option<Waker>,
-    subscriptions: HashMap<SubscriptionId, Held>,
-    /// What the session may fault: the ranges of those subscriptions that hear of every cause.
-    covered: HashMap<AddressSpaceId, IntervalMap<SubscriptionId, ()>>,
-    /// A device that never subscribed was never told of anything, nor granted.
-    ever_subscribed: bool,
+    ends: LineEnds,
+}
+
+/// How a stream comes to its end.
+#[derive(Clone)]
+struct LineEnds {
+    /// Cancelled when the stream is to end, or has.
+    severed: CancellationToken,
+    /// Cancelled when the session goes on on another stream.
+    replaced: CancellationToken,
+}
+
+impl Line {
+    fn new(id: LineId) -> Self {
+        Self {
+            id,
+            answers: VecDeque::new(),
+            farewells: VecDeque::new(),
+            last_word: None,
+            closed: false,
+            stream: None,
+            ends: LineEnds { severed: CancellationToken::new(), replaced: CancellationToken::new() },
+        }
+    }
+}
+
+/// A request, and the stream that it came on.
+#[derive(Clone, Copy)]
+struct Asked {
+    request: RequestId,
+    on: LineId,
 }
 
 /// A subscription, as its session knows it.
@@ -93,6 +149,9 @@ struct Held {
     space: Arc<AddressSpace>,
     ranges: Vec<AddrRange>,
     causes: CauseSet,
+    /// Whom to tell of it: a device that lost its stream before the answer asks again.
+    asked: Asked,
+    answer: Option<HostSays>,
 }
 
 /// An answer to Unsubscribe, and the last notice that may have to go before it.
@@ -134,29 +193,48 @@ impl SessionHandle {
         self.input(now, |state, effects| state.session.on_event(event, token, now, effects)).1
     }
 
-    /// Puts an answer on the stream.
-    pub(crate) fn answer(&self, says: HostSays) {
+    /// Puts an answer on the stream that its request came on; if the session goes on on another one, on none.
+    fn answer(&self, on: LineId, says: HostSays) {
         let waker = {
             let mut state = self.state.lock();
-            state.answers.push_back(says);
-            state.stream.take()
+            if state.line.id != on {
+                return;
+            }
+            state.line.answers.push_back(says);
+            state.line.stream.take()
         };
         wake(waker);
     }
 
     /// Tells the device that a request was refused. The session goes on.
-    pub(crate) fn refuse(&self, reason: Reason, message: impl Into<String>, request: Option<RequestId>) {
-        self.answer(HostSays::Error(SessionError::refused(reason, message, request)));
+    fn refuse(&self, on: LineId, reason: Reason, message: impl Into<String>, request: Option<RequestId>) {
+        self.answer(on, HostSays::Error(SessionError::refused(reason, message, request)));
     }
 
-    /// Ends the stream with a last word. The device is waited for until it has provably stopped.
+    /// Ends the session's stream with a last word; the device cannot resume. It is waited for until it has
+    /// provably stopped.
     pub(crate) fn end(&self, reason: Reason, message: impl Into<String>) {
+        self.finish(None, |state, now, effects| state.end(reason, message, now, effects));
+    }
+
+    /// The same, for a reason that came up on that stream: nothing, if the session goes on on another one.
+    fn end_on(&self, on: LineId, reason: Reason, message: impl Into<String>) {
+        self.finish(Some(on), |state, now, effects| state.end(reason, message, now, effects));
+    }
+
+    /// Ends the session's stream by an input of the rules; if it names a stream, then that one or none.
+    fn finish(&self, on: Option<LineId>, input: impl FnOnce(&mut State, Moment, &mut Effects<Token>)) {
         let now = self.clock.now();
-        self.with(now, |state, effects| {
-            state.last_word.get_or_insert_with(|| SessionError::fatal(reason, message));
-            state.session.on_severed(now, effects);
+        let severed = self.with(now, |state, effects| {
+            if on.is_some_and(|on| on != state.line.id) {
+                return None;
+            }
+            input(state, now, effects);
+            Some(state.line.ends.severed.clone())
         });
-        self.severed.cancel();
+        if let Some(severed) = severed {
+            severed.cancel();
+        }
     }
 
     /// An administrator ends the session.
@@ -165,40 +243,45 @@ impl SessionHandle {
         self.with(now, |state, effects| state.session.on_evict(now, effects));
     }
 
-    /// The device acked.
-    pub(crate) fn on_ack(&self, ack: &Ack) {
+    /// The device acked. What comes in on an earlier stream is passed over: the device was sent the notice
+    /// again, and acks it again.
+    fn on_ack(&self, on: LineId, ack: &Ack) {
         let now = self.clock.now();
-        let refused = self.with(now, |state, effects| state.session.on_ack(ack, now, effects)).err();
-        match refused {
-            None => {}
-            Some(error) if error.is_fatal() => self.end(crate::status::ack_reason(error), error.to_string()),
-            Some(error) => self.refuse(crate::status::ack_reason(error), error.to_string(), None),
+        let applied = self.with(now, |state, effects| {
+            (state.line.id == on).then(|| state.session.on_ack(ack, now, effects))
+        });
+        match applied {
+            None | Some(Ok(())) => {}
+            Some(Err(error)) if error.is_fatal() => {
+                self.end_on(on, crate::status::ack_reason(error), error.to_string());
+            }
+            Some(Err(error)) => {
+                self.refuse(on, crate::status::ack_reason(error), error.to_string(), None);
+            }
         }
     }
 
     /// The stream is gone. A device that never subscribed holds nothing, so it is as if it had left: it
     /// is not waited for, and does not count against the sessions there may be.
-    fn on_severed(&self) {
-        let now = self.clock.now();
-        self.with(now, |state, effects| {
-            state.closed = true;
+    fn on_severed(&self, on: LineId) {
+        self.finish(Some(on), |state, now, effects| {
+            state.line.closed = true;
             if state.ever_subscribed {
                 state.session.on_severed(now, effects);
             } else {
                 state.session.on_left(now, effects);
             }
         });
-        self.severed.cancel();
     }
 
-    /// The device holds nothing any more.
-    fn on_left(&self) {
-        let now = self.clock.now();
-        self.with(now, |state, effects| {
-            state.closed = true;
-            state.session.on_left(now, effects);
-        });
-        self.severed.cancel();
+    /// The device leaves, and holds nothing any more.
+    fn on_left(&self, on: LineId) {
+        self.finish(Some(on), |state, now, effects| state.leave(now, effects));
+    }
+
+    /// The device says in a later session that it holds nothing of this one.
+    pub(crate) fn on_left_behind(&self) {
+        self.finish(None, |state, now, effects| state.leave(now, effects));
     }
 
     /// A fencer confirmed that the device is cut off.
@@ -250,7 +333,7 @@ impl SessionHandle {
         let result = input(&mut state, &mut effects);
         for effect in effects.iter() {
             if let Effect::EndStream(reason) = effect {
-                state.last_word.get_or_insert_with(|| last_word(*reason));
+                state.line.last_word.get_or_insert_with(|| last_word(*reason));
             }
         }
         let waker = state.waker_if_it_can_say();
@@ -272,8 +355,12 @@ impl SessionHandle {
                 }
                 Effect::Reported { scope, report } => self.on_report(scope, &report),
                 Effect::Phase { from, to } => self.tell_phase(from, to),
-                Effect::EndStream(_) => self.severed.cancel(),
                 Effect::AskFencer => self.ask_fencer(),
+                // Nothing resumes after it: the stream is the one that it was meant for.
+                Effect::EndStream(_) => {
+                    let severed = self.state.lock().line.ends.severed.clone();
+                    severed.cancel();
+                }
             }
         }
         wake(waker);
@@ -362,13 +449,37 @@ impl SessionHandle {
 
     /// The host agent is about to stop.
     pub(crate) fn drain(&self, deadline: std::time::Duration) {
-        self.answer(HostSays::Drain { deadline, resumable: false });
+        let line = self.state.lock().line.id;
+        self.answer(line, HostSays::Drain { deadline, resumable: false });
     }
 
     /// Whether a device that asks much and reads little must wait.
     fn has_room(&self) -> bool {
         let state = self.state.lock();
-        state.answers.len() + state.farewells.len() < MOST_ANSWERS
+        state.line.answers.len() + state.line.farewells.len() < MOST_ANSWERS
+    }
+}
+
+impl State {
+    fn new(session: Session<Token>) -> Self {
+        Self {
+            session,
+            line: Line::new(LineId::FIRST),
+            subscriptions: HashMap::new(),
+            leaving: HashMap::new(),
+            covered: HashMap::new(),
+            ever_subscribed: false,
+        }
+    }
+
+    fn end(&mut self, reason: Reason, message: impl Into<String>, now: Moment, effects: &mut Effects<Token>) {
+        self.line.last_word.get_or_insert_with(|| SessionError::fatal(reason, message));
+        self.session.on_ended(now, effects);
+    }
+
+    fn leave(&mut self, now: Moment, effects: &mut Effects<Token>) {
+        self.line.closed = true;
+        self.session.on_left(now, effects);
     }
 }
 

@@ -85,6 +85,18 @@ impl Registry {
         self.sessions.get(&id).map(|handle| Arc::clone(&handle))
     }
 
+    /// The device said in `newer` that it holds nothing of its earlier sessions: those of this run of the device
+    /// agent. One of another run is waited for: nobody knows whether that run has stopped.
+    pub(crate) fn leave_behind(&self, newer: &SessionHandle) {
+        let is_earlier = |old: &SessionHandle| {
+            old.device == newer.device && old.incarnation == newer.incarnation && old.id < newer.id
+        };
+        for earlier in self.list().into_iter().filter(|old| is_earlier(old)) {
+            tracing::info!(session = earlier.id.get(), by = newer.id.get(), "left behind by its device");
+            earlier.on_left_behind();
+        }
+    }
+
     /// Forgets a session that is over.
     pub(crate) fn forget(&self, handle: &SessionHandle) {
         self.sessions.remove(&handle.id);

@@ -10,6 +10,9 @@
 //! 3. An answer to Unsubscribe goes when the notices that were pending before it are out: nothing that
 //!    belongs to the subscription comes after it (UnsubscribeBarrier), and it waits for nothing else.
 //!
+//! After a resume the notices that were sent and not acked go out again before any new one. A grant still goes
+//! first: whatever it overlaps has been acked, or the bracket would hold it.
+//!
 //! When the device does not read, HTTP/2's flow control stops this from being polled; then notices
 //! merge in the outbox, and the busier the stream, the more one frame says.
 
@@ -19,13 +22,13 @@ use std::task::{Context, Poll, Waker};
 
 use shootdown_core::NoticeNumber;
 use shootdown_core::outbox::Outbox;
-use shootdown_proto::error::status;
+use shootdown_proto::error::{Reason, status};
 use shootdown_proto::message::{HostSays, SessionError};
 use shootdown_proto::v1;
 use tokio_stream::Stream;
 use tonic::Status;
 
-use super::{SessionHandle, State};
+use super::{LineEnds, LineId, SessionHandle, State};
 use crate::clock::Clock;
 use crate::completion::Token;
 
@@ -40,15 +43,23 @@ pub(crate) struct Outgoing {
 }
 
 enum Source {
-    Session(Arc<SessionHandle>),
+    Session {
+        handle: Arc<SessionHandle>,
+        line: LineId,
+        ends: LineEnds,
+    },
     /// There is no session: the device is told why, and that is all.
     Refused(Option<SessionError>),
     Ended,
 }
 
 impl Outgoing {
-    pub(crate) fn session(handle: Arc<SessionHandle>) -> Self {
-        Self { source: Source::Session(handle), verdict: None }
+    pub(crate) fn session(handle: Arc<SessionHandle>, line: LineId) -> Self {
+        let source = match handle.ends_of(line) {
+            Some(ends) => Source::Session { handle, line, ends },
+            None => Source::Refused(Some(goes_on_elsewhere())),
+        };
+        Self { source, verdict: None }
     }
 
     pub(crate) fn refused(error: SessionError) -> Self {
@@ -66,7 +77,7 @@ impl Stream for Outgoing {
             return Poll::Ready(Some(Err(verdict)));
         }
         let said = match &mut this.source {
-            Source::Session(handle) => match handle.poll_say(cx) {
+            Source::Session { handle, line, .. } => match handle.poll_say(*line, cx) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(said) => said,
             },
@@ -85,25 +96,38 @@ impl Stream for Outgoing {
 impl Drop for Outgoing {
     /// The connection is gone, or the stream is finished.
     fn drop(&mut self) {
-        if let Source::Session(handle) = &self.source {
-            handle.severed.cancel();
+        if let Source::Session { ends, .. } = &self.source {
+            ends.severed.cancel();
         }
     }
 }
 
+fn goes_on_elsewhere() -> SessionError {
+    SessionError::fatal(Reason::SessionReplaced, "the device went on with its session on another stream")
+}
+
 impl SessionHandle {
+    /// `None`: the session goes on on another stream.
+    pub(super) fn ends_of(&self, line: LineId) -> Option<LineEnds> {
+        let state = self.state.lock();
+        (state.line.id == line).then(|| state.line.ends.clone())
+    }
+
     /// What to say next; `None` ends the stream.
-    fn poll_say(&self, cx: &mut Context<'_>) -> Poll<Option<HostSays>> {
+    fn poll_say(&self, line: LineId, cx: &mut Context<'_>) -> Poll<Option<HostSays>> {
         let mut state = self.state.lock();
+        if state.line.id != line {
+            return Poll::Ready(Some(HostSays::Error(goes_on_elsewhere())));
+        }
         match state.next_say(self.clock) {
             Some(says) => {
                 drop(state);
                 self.room.notify_one();
                 Poll::Ready(Some(says))
             }
-            None if state.closed => Poll::Ready(None),
+            None if state.line.closed => Poll::Ready(None),
             None => {
-                match &mut state.stream {
+                match &mut state.line.stream {
                     Some(waker) if waker.will_wake(cx.waker()) => {}
                     other => *other = Some(cx.waker().clone()),
                 }
@@ -118,12 +142,12 @@ impl State {
     /// every ack a poll of the connection.
     pub(super) fn waker_if_it_can_say(&mut self) -> Option<Waker> {
         let outbox = self.session.outbox();
-        let can_say = !self.answers.is_empty()
+        let can_say = !self.line.answers.is_empty()
             || (self.session.phase().has_stream() && outbox.has_sendable())
             || self.farewell_is_due()
-            || self.last_word.is_some()
-            || self.closed;
-        if can_say { self.stream.take() } else { None }
+            || self.line.last_word.is_some()
+            || self.line.closed;
+        if can_say { self.line.stream.take() } else { None }
     }
 
     /// Each notice takes at least one entry, the oldest, out of what is pending: when as many were sent as
@@ -132,7 +156,9 @@ impl State {
     /// the other subscription's then.
     fn farewell_is_due(&self) -> bool {
         let outbox = self.session.outbox();
-        self.farewells.front().is_some_and(|farewell| outbox.pending() == 0 || sent(outbox) >= farewell.after)
+        self.line.farewells.front().is_some_and(|farewell| {
+            !outbox.is_sending_again() && (outbox.pending() == 0 || sent(outbox) >= farewell.after)
+        })
     }
 
     /// The place of a farewell: behind all that is pending.
@@ -142,7 +168,7 @@ impl State {
     }
 
     fn next_say(&mut self, clock: Clock) -> Option<HostSays> {
-        if let Some(answer) = self.answers.pop_front() {
+        if let Some(answer) = self.line.answers.pop_front() {
             if matches!(answer, HostSays::Grant(_)) {
                 // Until here its bytes were kept for the device.
                 self.session.on_fault_done();
@@ -150,7 +176,7 @@ impl State {
             return Some(answer);
         }
         if self.farewell_is_due()
-            && let Some(farewell) = self.farewells.pop_front()
+            && let Some(farewell) = self.line.farewells.pop_front()
         {
             return Some(farewell.says);
         }
@@ -160,8 +186,8 @@ impl State {
                 return Some(HostSays::Notices(notices));
             }
         }
-        let last_word = self.last_word.take()?;
-        self.closed = true;
+        let last_word = self.line.last_word.take()?;
+        self.line.closed = true;
         Some(HostSays::Error(last_word))
     }
 }
@@ -172,8 +198,6 @@ fn sent(outbox: &Outbox<Token>) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{HashMap, VecDeque};
-
     use bytes::Bytes;
     use shootdown_core::session::{Effects, Session, SessionConfig};
     use shootdown_core::{
@@ -190,17 +214,7 @@ mod tests {
         let config = SessionConfig::default();
         let mut session = Session::new(SessionId::FIRST, DeviceId::new("gpu").unwrap(), config, CLOCK.now());
         session.try_fault().unwrap();
-        State {
-            session,
-            answers: VecDeque::new(),
-            farewells: VecDeque::new(),
-            last_word: None,
-            closed: false,
-            stream: None,
-            subscriptions: HashMap::new(),
-            covered: HashMap::new(),
-            ever_subscribed: true,
-        }
+        State { ever_subscribed: true, ..State::new(session) }
     }
 
     fn happens(state: &mut State, page: u64) {
@@ -229,7 +243,7 @@ mod tests {
     #[test]
     fn a_grant_goes_before_the_notice_that_takes_it_away() {
         let mut state = state();
-        state.answers.push_back(HostSays::Grant(Grant {
+        state.line.answers.push_back(HostSays::Grant(Grant {
             request: RequestId::MIN,
             address_space: AddressSpaceId::FIRST,
             seq: None,
@@ -249,7 +263,7 @@ mod tests {
         happens(&mut state, 1);
         let after = state.place_behind_pending();
         let says = HostSays::Unsubscribed { request: RequestId::MIN, subscription: SubscriptionId::FIRST };
-        state.farewells.push_back(Farewell { says, after });
+        state.line.farewells.push_back(Farewell { says, after });
         assert!(!state.farewell_is_due());
         assert_eq!(said(&mut state), Some("notices"));
         happens(&mut state, 3);
@@ -261,11 +275,11 @@ mod tests {
     fn the_last_word_is_the_last() {
         let mut state = state();
         happens(&mut state, 1);
-        state.last_word =
+        state.line.last_word =
             Some(SessionError::fatal(shootdown_proto::error::Reason::SessionEvicted, "evicted"));
         assert_eq!(said(&mut state), Some("notices"));
         assert_eq!(said(&mut state), Some("error"));
-        assert!(state.closed);
+        assert!(state.line.closed);
         assert_eq!(said(&mut state), None);
     }
 }

@@ -1,5 +1,6 @@
 //! [7 of 9] What a device says, applied. One task a session, on the session's shard: it selects the
-//! next event, then applies it. It outlives the stream, until the device has provably stopped.
+//! next event, then applies it. It outlives the stream, until the device has provably stopped or the session
+//! goes on on another stream, whose task takes over.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,7 +14,8 @@ use shootdown_proto::v1;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, Streaming};
 
-use super::{SessionHandle, fault};
+use super::handshake::{Earlier, Opened};
+use super::{LineId, SessionHandle, fault};
 use crate::host::Host;
 use crate::status;
 
@@ -32,15 +34,28 @@ enum Happening {
 ///
 /// It owns no timer: deadlines are the watchdog's, on the control runtime. A shard on which no timer is
 /// set sleeps until something arrives, and its sleep costs less.
-pub(crate) async fn run(host: Host, handle: Arc<SessionHandle>, mut inbound: Streaming<v1::SessionRequest>) {
-    let severed = handle.severed.clone().cancelled_owned();
+pub(crate) async fn run(host: Host, opened: Opened, mut inbound: Streaming<v1::SessionRequest>) {
+    let Opened { handle, line, mut earlier } = opened;
+    let Some(ends) = handle.ends_of(line) else { return };
+    let severed = ends.severed.cancelled_owned();
     tokio::pin!(severed);
-    while handle.phase().has_stream() {
+    while handle.is_up(line) {
         let happening = next(&handle, &mut inbound, severed.as_mut()).await;
-        apply(&host, &handle, happening);
+        if let Happening::Said(says) = &happening
+            && earlier.are_left(says)
+        {
+            earlier = Earlier::None;
+            host.registry().leave_behind(&handle);
+        }
+        apply(&host, &handle, line, happening);
     }
     drop(inbound);
-    handle.over.cancelled().await;
+    tokio::select! {
+        biased;
+        // First: the other stream's task does the rest.
+        () = ends.replaced.cancelled() => return,
+        () = handle.over.cancelled() => {}
+    }
     handle.withdraw_all();
     host.registry().forget(&handle);
 }
@@ -81,54 +96,57 @@ async fn read(
     inbound.message().await
 }
 
-fn apply(host: &Host, handle: &Arc<SessionHandle>, happening: Happening) {
+fn apply(host: &Host, handle: &Arc<SessionHandle>, on: LineId, happening: Happening) {
     match happening {
-        Happening::Said(says) => said(host, handle, *says),
+        Happening::Said(says) => said(host, handle, on, *says),
         Happening::Malformed(malformed, request) => {
-            handle.refuse(malformed.reason(), malformed.to_string(), request);
+            handle.refuse(on, malformed.reason(), malformed.to_string(), request);
         }
         Happening::Broken(status) if status::is_too_large(&status) => {
-            handle.end(Reason::MessageTooLarge, status::too_large());
+            handle.end_on(on, Reason::MessageTooLarge, status::too_large());
         }
         Happening::Broken(status) => {
             tracing::debug!(session = handle.id.get(), %status, "the stream broke");
-            handle.on_severed();
+            handle.on_severed(on);
         }
-        Happening::Closed => handle.on_severed(),
+        Happening::Closed => handle.on_severed(on),
     }
 }
 
-fn said(host: &Host, handle: &Arc<SessionHandle>, says: DeviceSays) {
+fn said(host: &Host, handle: &Arc<SessionHandle>, on: LineId, says: DeviceSays) {
     match says {
-        DeviceSays::Hello(_) => handle.end(
+        DeviceSays::Hello(_) => handle.end_on(
+            on,
             Reason::HelloRepeated,
             "Hello opens a session and comes once; for another session open another stream",
         ),
         DeviceSays::Ack { session, ack } => match session {
             Some(other) if other != handle.id => handle.refuse(
+                on,
                 Reason::AckOtherSession,
                 format!("the ack is of session {other}, this is session {}; nothing was acked", handle.id),
                 None,
             ),
-            _ => handle.on_ack(&ack),
+            _ => handle.on_ack(on, &ack),
         },
-        DeviceSays::Subscribe(subscribe) => handle.subscribe(host, subscribe),
+        DeviceSays::Subscribe(subscribe) => handle.subscribe(host, on, subscribe),
         DeviceSays::Unsubscribe { request, subscription } => {
-            handle.unsubscribe(host, request, subscription);
+            handle.unsubscribe(host, on, request, subscription);
         }
-        DeviceSays::Fault(fault) => fault::start(host, handle, fault),
-        DeviceSays::Young { address_space, ranges } => handle.young(address_space, &ranges),
-        DeviceSays::Heartbeat { request } => heartbeat(handle, request),
-        DeviceSays::Leave => handle.on_left(),
+        DeviceSays::Fault(fault) => fault::start(host, handle, on, fault),
+        DeviceSays::Young { address_space, ranges } => handle.young(on, address_space, &ranges),
+        DeviceSays::Heartbeat { request } => heartbeat(handle, on, request),
+        DeviceSays::Leave => handle.on_left(on),
     }
 }
 
 /// A device that owes an ack for too long gets no answer: its lease runs out (BoundedResolution).
-fn heartbeat(handle: &SessionHandle, request: RequestId) {
+fn heartbeat(handle: &SessionHandle, on: LineId, request: RequestId) {
     let now = handle.clock.now();
-    let granted = handle.with(now, |state, _| state.session.on_heartbeat(now));
+    let granted =
+        handle.with(now, |state, _| if state.line.id == on { state.session.on_heartbeat(now) } else { None });
     if let Some(lease) = granted {
-        handle.answer(HostSays::LeaseRenewed { request, lease });
+        handle.answer(on, HostSays::LeaseRenewed { request, lease });
     }
 }
 

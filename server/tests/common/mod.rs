@@ -61,6 +61,7 @@ pub fn wire(range: AddrRange) -> v1::AddressRange {
 /// A running host agent.
 pub struct Agent {
     pub running: Option<Running>,
+    incarnation: u64,
     folder: tempfile::TempDir,
 }
 
@@ -85,7 +86,8 @@ impl Agent {
         };
         let mut config = settings.resolve().unwrap();
         change(&mut config);
-        Self { running: Some(shootdown_server::start(config).unwrap()), folder }
+        let incarnation = config.host.incarnation.get();
+        Self { incarnation, running: Some(shootdown_server::start(config).unwrap()), folder }
     }
 
     pub fn host(&self) -> &Host {
@@ -140,6 +142,16 @@ impl Agent {
     pub async fn listed_sessions(&self) -> Vec<v1::Session> {
         let mut admin = v1::admin_service_client::AdminServiceClient::new(self.channel("admin.sock").await);
         admin.list_sessions(v1::ListSessionsRequest::default()).await.unwrap().into_inner().sessions
+    }
+
+    /// This run of it, as a resume point names it.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+
+    pub async fn evict(&self, session_id: u64) {
+        let mut admin = v1::admin_service_client::AdminServiceClient::new(self.channel("admin.sock").await);
+        admin.evict_session(v1::EvictSessionRequest { session_id }).await.unwrap();
     }
 
     /// A round over `range`, in a task of its own.
@@ -374,6 +386,12 @@ impl Device {
 
     pub async fn ack(&self, through: u64) {
         self.ask(Ask::Ack(v1::Ack { through, ..v1::Ack::default() })).await;
+    }
+
+    /// On a stream that the host agent may have ended by now.
+    pub async fn try_ack(&self, through: u64) {
+        let ack = Ask::Ack(v1::Ack { through, ..v1::Ack::default() });
+        drop(self.asks.send(v1::SessionRequest { message: Some(ack) }).await);
     }
 
     /// Asks for something and waits for its answer: whatever was said before has been applied then.

@@ -69,6 +69,19 @@ pub struct UnknownBracket {
 }
 
 impl GrantGate {
+    /// The gate as an earlier run of the host agent left it: the sequence of its last event, and the brackets
+    /// that were open. Their events are numbered no higher than the last.
+    #[must_use]
+    pub fn restored(last: Option<Seq>, brackets: impl IntoIterator<Item = (Seq, AddrRange)>) -> Self {
+        let mut gate = Self { last, ..Self::default() };
+        for (seq, range) in brackets {
+            gate.last = gate.last.max(Some(seq));
+            gate.by_range.set(range, seq, ());
+            gate.by_seq.insert(seq, range);
+        }
+        gate
+    }
+
     /// An event starts: it gets the next sequence, its bracket opens, and every open ticket that
     /// overlaps is spoiled. Follows `mn_itree_inv_start_range`.
     ///
@@ -169,6 +182,20 @@ mod tests {
 
     fn pages(first: u64, end: u64) -> AddrRange {
         AddrRange::new(first << 12, end << 12).unwrap()
+    }
+
+    #[test]
+    fn a_restored_gate_goes_on_with_the_brackets_and_the_numbers_that_it_had() {
+        let mut before = GrantGate::default();
+        let open = before.start(pages(0, 4));
+        let ended = before.start(pages(8, 9));
+        before.end(ended).unwrap();
+        let mut gate = GrantGate::restored(before.last_seq(), before.brackets());
+        assert!(gate.open_ticket(pages(3, 4)).is_err(), "its bracket is still open");
+        assert_eq!(gate.start(pages(20, 21)), ended.next());
+        assert_eq!(gate.end(ended), Err(UnknownBracket { seq: ended }));
+        assert_eq!(gate.end(open), Ok(pages(0, 4)));
+        assert!(gate.open_ticket(pages(3, 4)).is_ok());
     }
 
     /// Invariant 3, first half: nothing is granted between a start and its end.

@@ -95,6 +95,12 @@ impl HostLease {
         Self { terms, expires: sent + terms.host_duration() }
     }
 
+    /// A lease that was granted before the clock could be asked, and has ended by `expires`.
+    #[must_use]
+    pub fn until(terms: LeaseTerms, expires: Moment) -> Self {
+        Self { terms, expires }
+    }
+
     /// Renews the lease by a grant sent at `sent`. It never gets shorter: the device may have
     /// received every grant.
     pub fn grant(&mut self, sent: Moment) {

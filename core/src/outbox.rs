@@ -208,6 +208,15 @@ impl<T> Outbox<T> {
         }
     }
 
+    /// An outbox that goes on after `acked_through`: every notice up to it was sent and acked.
+    ///
+    /// # Panics
+    /// When a limit is 0.
+    #[must_use]
+    pub fn after(limits: OutboxLimits, acked_through: Option<NoticeNumber>) -> Self {
+        Self { last_sent: acked_through, ..Self::new(limits) }
+    }
+
     /// Makes the event part of a later notice.
     pub fn push(&mut self, event: &Event, token: Option<T>) -> Pushed {
         self.pending.push(event, token)

@@ -242,6 +242,28 @@ impl<T> Session<T> {
         }
     }
 
+    /// A session of an earlier run of the host agent. It is Severed: its device may hold translations until
+    /// the lease expires, at `lease_expires`, which must not be before the device stops. Every notice up to
+    /// `acked_through` was acked; the next has the number after it.
+    ///
+    /// # Panics
+    /// When a limit of the outbox is 0.
+    #[must_use]
+    pub fn restored(
+        id: SessionId,
+        device: DeviceId,
+        config: SessionConfig,
+        lease_expires: Moment,
+        acked_through: Option<NoticeNumber>,
+    ) -> Self {
+        Self {
+            phase: Phase::Severed,
+            lease: HostLease::until(config.lease, lease_expires),
+            outbox: Outbox::after(config.outbox, acked_through),
+            ..Self::new(id, device, config, lease_expires)
+        }
+    }
+
     /// An event that this session is a target of (or, without a token, is told of).
     ///
     /// A Severed session keeps it: it must be acked after a resume, or the session be fenced. One that
@@ -487,6 +509,12 @@ impl<T> Session<T> {
     pub fn on_fault_done(&mut self) {
         self.faults_in_flight =
             self.faults_in_flight.checked_sub(1).expect("each answered fault was counted once");
+    }
+
+    /// What it is allowed, and what is expected of it.
+    #[must_use]
+    pub fn config(&self) -> &SessionConfig {
+        &self.config
     }
 
     /// Its id.

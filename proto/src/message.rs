@@ -46,6 +46,12 @@ pub type RequestId = NonZeroU64;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CallId(pub(crate) Arc<str>);
 
+impl std::fmt::Display for CallId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// From the device to the host agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DeviceSays {

@@ -110,6 +110,24 @@ impl WaitingRound {
         }
     }
 
+    /// A round that was complete when an earlier run of the host agent ended, and whose caller has not ended
+    /// its bracket.
+    pub(crate) fn of_an_earlier_run(
+        address_space: shootdown_core::AddressSpaceId,
+        bracket: &crate::journal::DrainedBracket,
+        (clock, host_incarnation): (Clock, Incarnation),
+    ) -> Self {
+        let crate::journal::DrainedBracket { seq, range, cause, owner, .. } = *bracket;
+        let method = shootdown_core::Method::Invalidate;
+        let event = Event { address_space, seq, range, method, cause, owner };
+        // Nobody is waited for.
+        let enforcement = Enforcement::ByDevice;
+        let run = (clock, host_incarnation);
+        let round = Self::new(event, [], EndedBy::Caller, enforcement, clock.now(), run);
+        round.finished.set(()).expect("nobody else has it yet");
+        round
+    }
+
     /// A notice is in every target's outbox.
     pub(crate) fn on_dispatched(&self, now: Moment) {
         self.round.lock().dispatched = now;

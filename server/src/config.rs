@@ -16,6 +16,7 @@ use shootdown_core::session::SessionConfig;
 use crate::clock::Clock;
 use crate::fence::{DevicePattern, Fencer, FencerRule};
 use crate::host::HostConfig;
+pub use crate::journal::Takeover;
 use crate::listen::ListenAddr;
 use crate::quarantine::QuarantineBudget;
 use crate::source::rpc::DEFAULT_FAULT_TIMEOUT;
@@ -87,15 +88,15 @@ impl<'de> Deserialize<'de> for ListenAddr {
 #[derive(Debug, Clone, Default, Args, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Listen for devices here: IP:PORT, tcp://IP:PORT or unix:/PATH. Repeatable
+    /// Listen for devices here: IP:PORT, tcp://IP:PORT, unix:/PATH or fd://NAME (passed, as by systemd). Repeatable
     #[arg(long, env = "SHOOTDOWND_LISTEN", value_delimiter = ',')]
     #[serde(default)]
     pub listen: Vec<ListenAddr>,
-    /// Listen for sources (NotifierService, MemoryService) here: unix:/PATH. Repeatable
+    /// Listen for sources (NotifierService, MemoryService) here: unix:/PATH or fd://NAME. Repeatable
     #[arg(long, env = "SHOOTDOWND_SOURCE_LISTEN", value_delimiter = ',')]
     #[serde(default)]
     pub source_listen: Vec<ListenAddr>,
-    /// Listen for administrators (AdminService) here: unix:/PATH. Repeatable
+    /// Listen for administrators (AdminService) here: unix:/PATH or fd://NAME. Repeatable
     #[arg(long, env = "SHOOTDOWND_ADMIN_LISTEN", value_delimiter = ',')]
     #[serde(default)]
     pub admin_listen: Vec<ListenAddr>,
@@ -181,6 +182,13 @@ pub struct Settings {
     #[arg(long, env = "SHOOTDOWND_STAGE_TIMING")]
     #[serde(default)]
     pub stage_timing: bool,
+    /// Keep here which devices may hold leases, so that a restart waits for them
+    #[arg(long, env = "SHOOTDOWND_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Take the state directory and the Unix sockets over from a host agent that is stopped or hangs
+    #[arg(long, env = "SHOOTDOWND_TAKE_OVER")]
+    #[serde(default)]
+    pub take_over: bool,
     /// How long devices have to leave when the daemon stops [default: 10s]
     #[arg(long, env = "SHOOTDOWND_DRAIN_TIMEOUT")]
     pub drain_timeout: Option<Span>,
@@ -212,6 +220,8 @@ pub struct Config {
     pub source_listen: Vec<ListenAddr>,
     /// For administrators.
     pub admin_listen: Vec<ListenAddr>,
+    /// Whether sockets that are passed may be reached from other machines.
+    pub insecure: bool,
     /// Users with leave for the latter two.
     pub allow_uids: Vec<u32>,
     /// Threads for sessions.
@@ -226,8 +236,19 @@ pub struct Config {
     pub swap: Option<(PathBuf, usize)>,
     /// How long devices have to leave.
     pub drain_timeout: Duration,
+    /// Where to keep what the next run must know; without it a restart waits for nobody.
+    pub state: Option<StateConfig>,
     /// The rules' limits.
     pub host: HostConfig,
+}
+
+/// What outlives a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateConfig {
+    /// A directory of this host agent alone, on a local file system.
+    pub dir: PathBuf,
+    /// What to do if another has it.
+    pub takeover: Takeover,
 }
 
 /// Why settings make no configuration.
@@ -276,6 +297,9 @@ pub enum ConfigError {
         /// Of which devices.
         devices: Vec<String>,
     },
+    /// Nobody can be taken over from.
+    #[error("--take-over needs --state-dir: the state directory is what is taken over")]
+    NothingToTakeOver,
     /// A number that cannot work.
     #[error("{setting} is {value}; it must be {expected}")]
     Value {
@@ -339,6 +363,8 @@ impl Settings {
             swap_file: self.swap_file.or(file.swap_file),
             swap_bytes: self.swap_bytes.or(file.swap_bytes),
             stage_timing: self.stage_timing || file.stage_timing,
+            state_dir: self.state_dir.or(file.state_dir),
+            take_over: self.take_over || file.take_over,
             drain_timeout: self.drain_timeout.or(file.drain_timeout),
             source_fault_timeout: self.source_fault_timeout.or(file.source_fault_timeout),
         }
@@ -356,10 +382,13 @@ impl Settings {
             return Err(ConfigError::Plaintext { address: address.clone() });
         }
         let privileged = self.source_listen.iter().chain(&self.admin_listen);
-        if let Some(address) = privileged.into_iter().find(|address| !matches!(address, ListenAddr::Unix(_)))
-        {
+        if let Some(address) = privileged.into_iter().find(|address| matches!(address, ListenAddr::Tcp(_))) {
             return Err(ConfigError::NotUnix { address: address.clone() });
         }
+        if self.take_over && self.state_dir.is_none() {
+            return Err(ConfigError::NothingToTakeOver);
+        }
+        let takeover = if self.take_over { Takeover::IfHeld } else { Takeover::Never };
         let session = self.session()?;
         let source_fault_timeout = self.source_fault_timeout.map_or(DEFAULT_FAULT_TIMEOUT, |span| span.0);
         if source_fault_timeout.is_zero() {
@@ -384,6 +413,7 @@ impl Settings {
         let swap_slots = frames_of("swap_bytes", self.swap_bytes, memory_frames.saturating_mul(4))?;
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Ok(Config {
+            insecure: self.insecure,
             allow_uids: [0, own].into_iter().chain(self.allow_uid).collect(),
             shards: at_least_one("shards", self.shards.unwrap_or(cores))?,
             busy_poll: self.busy_poll.map_or(DEFAULT_BUSY_POLL, |span| span.0),
@@ -391,6 +421,7 @@ impl Settings {
             memory_limit_frames: frames_of("memory_limit_bytes", self.memory_limit_bytes, memory_frames)?,
             swap: self.swap_file.map(|path| (path, swap_slots)),
             drain_timeout: self.drain_timeout.map_or(DEFAULT_DRAIN, |span| span.0),
+            state: self.state_dir.map(|dir| StateConfig { dir, takeover }),
             host: HostConfig {
                 session,
                 max_sessions: at_least_one("max_sessions", self.max_sessions.unwrap_or(DEFAULT_SESSIONS))?,
@@ -493,6 +524,13 @@ impl Settings {
                     setting: "fence_command",
                     value: program.display().to_string(),
                     expected: "an absolute path",
+                });
+            }
+            (None, Some(ListenAddr::Inherited(name))) => {
+                return Err(ConfigError::Value {
+                    setting: "fence_endpoint",
+                    value: format!("fd://{name}"),
+                    expected: "an address to connect to",
                 });
             }
             (None, Some(address)) if address.is_local() || self.insecure => Fencer::Service(address.clone()),

@@ -17,6 +17,7 @@ use srcu::Srcu;
 use tokio::sync::{Notify, Semaphore};
 
 use crate::completion::WaitingRound;
+use crate::restart::Survivors;
 use crate::session::SessionHandle;
 use crate::source::{NotifyError, Strictness, Translate};
 
@@ -44,6 +45,8 @@ struct Numbers {
     /// Names of earlier runs that were taken back in this one. None is ever taken back again: the order of
     /// its events begins anew, and who knows the earlier one must not take it for this one.
     taken_back: HashSet<AddressSpaceId>,
+    /// Those that a planned end of the run before handed over, and that no source has asked for again.
+    handed_over: HashSet<AddressSpaceId>,
 }
 
 /// Names that may be taken back in one run, for each address space that there may be: every one that was
@@ -51,14 +54,22 @@ struct Numbers {
 const TAKEN_BACK_PER_SPACE: usize = 16;
 
 impl Directory {
-    pub(crate) fn new(most: usize, rounds_per_space: usize, host_incarnation: Incarnation) -> Self {
+    /// Ids start at `first`, which no earlier run has given out.
+    pub(crate) fn new(
+        most: usize,
+        rounds_per_space: usize,
+        first: u64,
+        host_incarnation: Incarnation,
+    ) -> Self {
+        let first_address_space = AddressSpaceId::new(first).unwrap_or(AddressSpaceId::FIRST);
         Self {
             spaces: DashMap::new(),
             next: Mutex::new(Numbers {
-                address_space: AddressSpaceId::FIRST,
-                subscription: SubscriptionId::FIRST,
-                first_address_space: AddressSpaceId::FIRST,
+                address_space: first_address_space,
+                subscription: SubscriptionId::new(first).unwrap_or(SubscriptionId::FIRST),
+                first_address_space,
                 taken_back: HashSet::new(),
+                handed_over: HashSet::new(),
             }),
             most,
             rounds_per_space,
@@ -66,12 +77,13 @@ impl Directory {
         }
     }
 
-    /// Makes an address space known.
+    /// Makes an address space known, to `survivors` first: no event of it can miss one of them.
     pub(crate) fn register(
         &self,
         name: &str,
         source: Arc<dyn Translate>,
         strictness: Strictness,
+        survivors: &Survivors,
     ) -> Result<Arc<AddressSpace>, NotifyError> {
         let mut next = self.next.lock();
         if self.spaces.len() >= self.most {
@@ -82,18 +94,25 @@ impl Directory {
         }
         let id = next.address_space;
         next.address_space = id.next();
-        Ok(self.insert(id, name, source, strictness))
+        Ok(self.insert(id, name, source, strictness, &mut next, survivors))
     }
 
-    /// Makes an address space known by the name that an earlier run gave it.
+    /// Makes an address space known by the name that an earlier run gave it. One that a planned end handed over
+    /// is known already: its source finds it again, once.
     pub(crate) fn take_back(
         &self,
         id: AddressSpaceId,
         name: &str,
         source: Arc<dyn Translate>,
         strictness: Strictness,
+        survivors: &Survivors,
     ) -> Result<Arc<AddressSpace>, NotifyError> {
         let mut next = self.next.lock();
+        if next.handed_over.remove(&id)
+            && let Some(space) = self.get(id)
+        {
+            return Ok(space);
+        }
         let of_this_run = next.first_address_space <= id && id < next.address_space;
         if of_this_run || next.taken_back.contains(&id) || self.spaces.contains_key(&id) {
             return Err(NotifyError::AddressSpaceTaken(id));
@@ -104,7 +123,7 @@ impl Directory {
             return Err(NotifyError::TooManyAddressSpaces { most: self.most });
         }
         next.taken_back.insert(id);
-        Ok(self.insert(id, name, source, strictness))
+        Ok(self.insert(id, name, source, strictness, &mut next, survivors))
     }
 
     fn insert(
@@ -113,11 +132,31 @@ impl Directory {
         name: &str,
         source: Arc<dyn Translate>,
         strictness: Strictness,
+        next: &mut Numbers,
+        survivors: &Survivors,
     ) -> Arc<AddressSpace> {
         let (most_rounds, run) = (self.rounds_per_space, self.host_incarnation);
         let space = Arc::new(AddressSpace::new(id, name, source, strictness, most_rounds, run));
+        survivors.join(&space, || {
+            let id = next.subscription;
+            next.subscription = id.next();
+            id
+        });
         self.spaces.insert(id, Arc::clone(&space));
         space
+    }
+
+    /// Makes an address space of an earlier run known, under its id; to `survivors` first, as above.
+    pub(crate) fn restore(&self, make: impl FnOnce(usize) -> AddressSpace, survivors: &Survivors) {
+        let mut next = self.next.lock();
+        let space = Arc::new(make(self.rounds_per_space));
+        survivors.join(&space, || {
+            let id = next.subscription;
+            next.subscription = id.next();
+            id
+        });
+        next.handed_over.insert(space.id);
+        self.spaces.insert(space.id, space);
     }
 
     pub(crate) fn get(&self, id: AddressSpaceId) -> Option<Arc<AddressSpace>> {
@@ -182,7 +221,7 @@ pub(crate) struct Order {
 }
 
 impl AddressSpace {
-    fn new(
+    pub(crate) fn new(
         id: AddressSpaceId,
         name: &str,
         source: Arc<dyn Translate>,

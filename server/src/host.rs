@@ -10,6 +10,7 @@ use shootdown_core::session::{Enforcement, SessionConfig};
 use shootdown_core::{
     AddrRange, AddressSpaceId, Cause, Incarnation, Method, Moment, OwnerTag, PageSize, Seq, Translation,
 };
+use shootdown_proto::message::SessionError;
 use tokio::sync::{TryAcquireError, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -20,6 +21,8 @@ use crate::directory::{AddressSpace, Directory};
 use crate::dispatch::{Call, Dispatched, Leave};
 use crate::fence::{FencerRule, Fencers};
 use crate::quarantine::{self, Quarantine, QuarantineBudget};
+use crate::restart::Restart;
+use crate::session::handshake;
 use crate::session::registry::Registry;
 use crate::source::rpc::retries::{Releases, Try};
 use crate::source::{
@@ -66,6 +69,8 @@ struct Inner {
     releases: Releases,
     fencers: Fencers,
     quarantine: Arc<Quarantine>,
+    /// What the runs before left, and what the next will find.
+    restart: Arc<Restart>,
     /// Owns the rounds, the faults, the sessions, the attempts to fence.
     tasks: TaskTracker,
     /// Cancelled when the host agent begins to stop.
@@ -78,9 +83,15 @@ impl Host {
     /// A host agent that knows of nothing yet. Tasks that belong to no session run on `control`.
     #[must_use]
     pub fn new(config: HostConfig, control: tokio::runtime::Handle) -> Self {
-        let directory =
-            Directory::new(config.max_address_spaces, config.max_rounds_in_flight, config.incarnation);
-        let registry = Registry::new(config.max_sessions);
+        Self::restarted(config, control, Restart::none())
+    }
+
+    /// The same, on a journal.
+    pub(crate) fn restarted(config: HostConfig, control: tokio::runtime::Handle, restart: Restart) -> Self {
+        let first = restart.first_number();
+        let (spaces, rounds) = (config.max_address_spaces, config.max_rounds_in_flight);
+        let directory = Directory::new(spaces, rounds, first, config.incarnation);
+        let registry = Registry::new(config.max_sessions, first);
         let fencers = Fencers::new(config.fencers.clone());
         let quarantine = Arc::new(Quarantine::new(config.quarantine));
         Self(Arc::new(Inner {
@@ -90,6 +101,7 @@ impl Host {
             releases: Releases::default(),
             fencers,
             quarantine,
+            restart: Arc::new(restart),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
             control,
@@ -114,6 +126,52 @@ impl Host {
 
     pub(crate) fn quarantine(&self) -> &Arc<Quarantine> {
         &self.0.quarantine
+    }
+
+    pub(crate) fn restart(&self) -> &Arc<Restart> {
+        &self.0.restart
+    }
+
+    /// Whether no successor has taken the place of this host agent. When one has, this ends every stream.
+    pub(crate) fn is_current(&self) -> bool {
+        let is_current = self.0.restart.is_current();
+        if !is_current && self.0.restart.on_superseded() {
+            tracing::error!("a successor has taken the state directory over; this host agent stops");
+            self.0.stopping.cancel();
+            for session in self.registry().list() {
+                let SessionError { reason, message, .. } = handshake::superseded();
+                session.end(reason, message);
+            }
+        }
+        is_current
+    }
+
+    /// Whether it was found that one has.
+    pub(crate) fn is_superseded(&self) -> bool {
+        self.0.restart.superseded().is_cancelled()
+    }
+
+    /// Waits for a round on a caller's behalf, but not for one that a superseded host agent will never
+    /// complete.
+    async fn outcome(&self, round: &WaitingRound, wait: Wait) -> Result<RoundResult, NotifyError> {
+        if self.0.restart.journal().is_none() {
+            return Ok(round.wait(wait).await);
+        }
+        tokio::select! {
+            // First: what is complete is vouched for, or not.
+            biased;
+            result = round.wait(wait) => self.vouch(result),
+            () = self.0.restart.superseded().cancelled() => Err(NotifyError::Superseded),
+        }
+    }
+
+    /// Nobody is told that devices have stopped when a successor may have granted what this one knows
+    /// nothing of.
+    fn vouch(&self, result: RoundResult) -> Result<RoundResult, NotifyError> {
+        match result.verdict {
+            Verdict::Quiesced if !self.is_current() => Err(NotifyError::Superseded),
+            _ => Ok(result),
+        }
     }
 
     /// Where tasks run that belong to no session.
@@ -176,7 +234,7 @@ impl Host {
         if self.is_stopping() {
             return Err(NotifyError::Stopping);
         }
-        let space = self.directory().register(name, source, strictness)?;
+        let space = self.directory().register(name, source, strictness, self.0.restart.survivors())?;
         tracing::debug!(address_space = space.id.get(), name, source = space.source.source(), "registered");
         Ok(space.id)
     }
@@ -202,7 +260,7 @@ impl Host {
         if self.is_stopping() {
             return Err(NotifyError::Stopping);
         }
-        let space = self.directory().take_back(id, name, source, strictness)?;
+        let space = self.directory().take_back(id, name, source, strictness, self.0.restart.survivors())?;
         tracing::debug!(address_space = id.get(), name, source = space.source.source(), "taken back");
         Ok(())
     }
@@ -228,12 +286,12 @@ impl Host {
         let last_seq = space.order.lock().gate.last_seq();
         let waiting = space.rounds.lock().get(&seq).cloned();
         if let Some(round) = waiting {
-            return Ok(round.wait(self.bounded(wait, &round)).await);
+            return self.outcome(&round, self.bounded(wait, &round)).await;
         }
         if Some(seq) > last_seq {
             return Err(NotifyError::BracketUnknown { address_space, seq });
         }
-        Ok(self.nothing_waits(Verdict::Quiesced, Some(seq), called))
+        self.vouch(self.nothing_waits(Verdict::Quiesced, Some(seq), called))
     }
 
     /// [1] to [3]: takes a place among the rounds in flight, then opens the round. Until the place is
@@ -252,6 +310,9 @@ impl Host {
                 place(space, self.rest(wait, called)).await?
             }
         };
+        if self.is_superseded() {
+            return Err(NotifyError::Superseded);
+        }
         if self.is_stopping() && call.method != Method::Release {
             return Err(NotifyError::Stopping);
         }
@@ -360,15 +421,15 @@ impl Host {
         wait: Wait,
         called: Moment,
         resident_pages: Option<u64>,
-    ) -> RoundResult {
-        let result = round.wait(self.bounded(self.rest(wait, called), round)).await;
+    ) -> Result<RoundResult, NotifyError> {
+        let result = self.outcome(round, self.bounded(self.rest(wait, called), round)).await?;
         if result.verdict == Verdict::NotQuiesced {
             let event = round.look(|round| *round.event());
             if quarantine::parks(event.method) {
                 round.park(self.quarantine().park(&event, resident_pages));
             }
         }
-        result
+        Ok(result)
     }
 
     /// A whole method whose bracket is its own: opens, waits, and the round's task ends the bracket.
@@ -385,7 +446,7 @@ impl Host {
         let space = self.directory().expect(address_space)?;
         let call = Call { range, method, cause, owner, bracket: EndedBy::Task };
         match self.open_once(&space, call, wait, called, retry).await? {
-            Dispatched::Open(round) => Ok(self.answer(&round, wait, called, None).await),
+            Dispatched::Open(round) => self.answer(&round, wait, called, None).await,
             Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
         }
     }
@@ -409,7 +470,7 @@ impl Host {
                 let mut caller = Unanswered { space: &space, round: &round, answered, clock: self.clock() };
                 let result = self.answer(&round, wait, called, resident_pages).await;
                 caller.answered = true;
-                Ok(result)
+                result
             }
         }
     }
@@ -505,14 +566,17 @@ impl Host {
         };
         // Held faults look again, and find the address space released.
         space.bracket_ended.notify_waiters();
-        let mut result = self.answer(&round, Wait::ForTargets, called, None).await;
+        let mut result = match self.answer(&round, Wait::ForTargets, called, None).await {
+            Ok(result) => result,
+            Err(error) => return tell(Err(error)),
+        };
         if !result.is_quiesced() {
             tell(Ok(result));
-            result = round.wait(Wait::ForTargets).await;
-            if !result.is_quiesced() {
-                // Its runtime is gone: the host agent was cut.
-                return;
-            }
+            result = match self.outcome(&round, Wait::ForTargets).await {
+                Ok(result) if result.is_quiesced() => result,
+                // Its runtime is gone, the host agent was cut; or a successor has taken its place.
+                Ok(_) | Err(_) => return,
+            };
         }
         let subscribers = space.subscribers.update_with(|interest| {
             let handles: Vec<_> =

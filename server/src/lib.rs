@@ -14,10 +14,11 @@
 //! [`start()`] takes a [`config::Config`] and returns a [`Running`] host agent with threads of its own;
 //! its [`Host`] is a [`source::Notifier`], whose methods are those of the kernel's
 //! `struct mmu_notifier_ops`.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod clock;
 pub mod config;
+mod journal;
 pub mod source;
 mod directory;
 mod dispatch;
@@ -26,10 +27,13 @@ mod completion;
 mod fence;
 mod quarantine;
 mod vigil;
+mod restart;
+mod handover;
 mod host;
 mod service;
 mod status;
 mod listen;
+mod inherited;
 mod shard;
 mod watchdog;
 mod start;
@@ -37,6 +41,7 @@ pub mod telemetry;
 
 pub use fence::{DevicePattern, Fencer, FencerRule};
 pub use host::{Host, HostConfig};
+pub use journal::{Damage, JournalError};
 pub use listen::{ListenAddr, ListenAddrError};
 pub use quarantine::QuarantineBudget;
 pub use start::{Addresses, Running, StartError, start};

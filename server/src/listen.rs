@@ -12,23 +12,26 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use crate::journal::Takeover;
 use shootdown_proto::error::{Reason, status};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
-/// Where to listen: `HOST:PORT`, `tcp://HOST:PORT` or `unix:PATH`.
+/// Where to listen: `HOST:PORT`, `tcp://HOST:PORT`, `unix:PATH` or `fd://NAME`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ListenAddr {
     /// TCP. Port 0 takes a free one.
     Tcp(SocketAddr),
     /// A Unix socket. A socket file that nobody listens on is replaced.
     Unix(PathBuf),
+    /// Sockets that were passed by whoever started the process, by their name in LISTEN_FDNAMES.
+    Inherited(String),
 }
 
 /// A text that names no place to listen at.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no listen address; write IP:PORT, tcp://IP:PORT, or unix:/PATH")]
+#[error("{text:?} is no listen address; write IP:PORT, tcp://IP:PORT, unix:/PATH, or fd://NAME")]
 pub struct ListenAddrError {
     text: String,
 }
@@ -42,6 +45,9 @@ impl FromStr for ListenAddr {
             let path = path.strip_prefix("//").unwrap_or(path);
             return if path.starts_with('/') { Ok(Self::Unix(path.into())) } else { Err(error()) };
         }
+        if let Some(name) = text.strip_prefix("fd://") {
+            return if name.is_empty() { Err(error()) } else { Ok(Self::Inherited(name.to_owned())) };
+        }
         let address = text.strip_prefix("tcp://").unwrap_or(text);
         address.parse().map(Self::Tcp).map_err(|_| error())
     }
@@ -52,17 +58,18 @@ impl fmt::Display for ListenAddr {
         match self {
             Self::Tcp(address) => write!(f, "tcp://{address}"),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Inherited(name) => write!(f, "fd://{name}"),
         }
     }
 }
 
 impl ListenAddr {
-    /// Whether what is sent there stays on this machine.
+    /// Whether what is sent there stays on this machine. A socket that is passed tells when it is there.
     #[must_use]
     pub fn is_local(&self) -> bool {
         match self {
             Self::Tcp(address) => address.ip().is_loopback(),
-            Self::Unix(_) => true,
+            Self::Unix(_) | Self::Inherited(_) => true,
         }
     }
 }
@@ -71,7 +78,8 @@ impl ListenAddr {
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(TcpListener),
-    Unix(SocketFile, UnixListener),
+    /// With its file, unless that is another's to remove.
+    Unix(Option<SocketFile>, UnixListener),
 }
 
 /// Who may do more than a device may.
@@ -82,23 +90,24 @@ pub(crate) struct Leave {
 }
 
 impl Listener {
-    /// Listens. A Unix socket for `privileged` callers is its owner's alone.
-    pub(crate) fn bind(address: &ListenAddr, privileged: bool) -> io::Result<Self> {
+    /// Listens, on one socket or on as many as were passed. A Unix socket for `privileged` callers is its owner's alone.
+    pub(crate) fn bind(address: &ListenAddr, privileged: bool, takeover: Takeover) -> io::Result<Vec<Self>> {
         match address {
             ListenAddr::Tcp(address) => {
                 let listener = TcpListener::bind(address)?;
                 listener.set_nonblocking(true)?;
-                Ok(Self::Tcp(listener))
+                Ok(vec![Self::Tcp(listener)])
             }
             ListenAddr::Unix(path) => {
-                remove_stale(path)?;
+                remove_stale(path, takeover)?;
                 let listener = UnixListener::bind(path)?;
                 if privileged {
                     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
                 }
                 listener.set_nonblocking(true)?;
-                Ok(Self::Unix(SocketFile::of(path)?, listener))
+                Ok(vec![Self::Unix(Some(SocketFile::of(path)?), listener)])
             }
+            ListenAddr::Inherited(name) => crate::inherited::listeners(name),
         }
     }
 
@@ -106,15 +115,21 @@ impl Listener {
     pub(crate) fn address(&self) -> io::Result<ListenAddr> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(ListenAddr::Tcp),
-            Self::Unix(file, _) => Ok(ListenAddr::Unix(file.path.clone())),
+            Self::Unix(Some(file), _) => Ok(ListenAddr::Unix(file.path.clone())),
+            Self::Unix(None, listener) => {
+                let address = listener.local_addr()?;
+                Ok(ListenAddr::Unix(address.as_pathname().unwrap_or(Path::new("")).to_owned()))
+            }
         }
     }
 }
 
 /// A socket file outlives a host agent that was killed. One that answers is in use, and stays; so does
 /// whatever is no socket.
-fn remove_stale(path: &Path) -> io::Result<()> {
+fn remove_stale(path: &Path, takeover: Takeover) -> io::Result<()> {
     match UnixStream::connect(path) {
+        // Its connections stay; new ones come to the successor.
+        Ok(_) if takeover == Takeover::IfHeld => std::fs::remove_file(path),
         Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on this socket")),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
@@ -177,7 +192,7 @@ pub(crate) enum Acceptor {
     Unix {
         /// Before the listener: gone by the time at which connections are refused, so that a successor
         /// never mistakes it for one that was left behind.
-        _file: SocketFile,
+        _file: Option<SocketFile>,
         listener: tokio::net::UnixListener,
         leave: Leave,
     },
@@ -328,6 +343,8 @@ mod tests {
         assert_eq!(parsed("unix:/run/s.sock"), Ok("unix:/run/s.sock".to_owned()));
         assert_eq!(parsed("unix:///run/s.sock"), Ok("unix:/run/s.sock".to_owned()));
         assert!(parsed("unix:relative.sock").is_err());
+        assert_eq!(parsed("fd://device"), Ok("fd://device".to_owned()));
+        assert!(parsed("fd://").is_err());
         assert!(parsed("localhost").is_err());
     }
 
@@ -335,9 +352,9 @@ mod tests {
     fn a_socket_file_that_nobody_listens_on_is_replaced_and_a_live_one_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let address = ListenAddr::Unix(folder.path().join("s.sock"));
-        drop(Listener::bind(&address, true).unwrap());
-        let live = Listener::bind(&address, true).expect("the stale file is replaced");
-        let refused = Listener::bind(&address, true).unwrap_err();
+        drop(Listener::bind(&address, true, Takeover::Never).unwrap());
+        let live = Listener::bind(&address, true, Takeover::Never).expect("the stale file is replaced");
+        let refused = Listener::bind(&address, true, Takeover::Never).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
         drop(live);
     }
@@ -347,12 +364,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("notes.txt");
         std::fs::write(&path, "precious").unwrap();
-        let refused = Listener::bind(&ListenAddr::Unix(path.clone()), false).unwrap_err();
+        let refused = Listener::bind(&ListenAddr::Unix(path.clone()), false, Takeover::Never).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
         // Nor is a file that took the place of the socket.
         std::fs::remove_file(&path).unwrap();
-        let listener = Listener::bind(&ListenAddr::Unix(path.clone()), false).unwrap();
+        let listener = Listener::bind(&ListenAddr::Unix(path.clone()), false, Takeover::Never).unwrap();
         std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "precious").unwrap();
         drop(listener);

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use shootdown_server::StartError;
 use shootdown_server::config::{Config, ConfigError, Settings};
 use shootdown_server::telemetry::{self, LogFormat};
+use shootdown_server::{JournalError, StartError};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The host agent: tells remote devices what happens to this machine's memory, and waits for them.
@@ -34,6 +34,7 @@ enum Command {
 /// Exit codes of sysexits.h, as service managers know them.
 const EX_UNAVAILABLE: u8 = 69;
 const EX_OSERR: u8 = 71;
+const EX_TEMPFAIL: u8 = 75;
 const EX_NOPERM: u8 = 77;
 const EX_CONFIG: u8 = 78;
 
@@ -74,6 +75,11 @@ async fn run(config: Config) -> anyhow::Result<()> {
     // Before anything can be waited for: a signal that comes early is not lost.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    if config.state.is_none() {
+        tracing::warn!(
+            "without --state-dir a restart is not covered: the next run will not wait for devices that hold leases of this one"
+        );
+    }
     let running = shootdown_server::start(config)?;
     for address in &running.addresses().device {
         tracing::info!(%address, "listening for devices");
@@ -81,7 +87,12 @@ async fn run(config: Config) -> anyhow::Result<()> {
     // Fails only outside systemd, where nobody listens.
     drop(sd_notify::notify(&[sd_notify::NotifyState::Ready]));
     tokio::select! {
-        // Not biased: either means the same.
+        biased;
+        // First: a host agent that is superseded has nothing to drain.
+        () = running.superseded() => {
+            running.abandon().await;
+            return Err(Superseded.into());
+        }
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
@@ -91,12 +102,22 @@ async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Another runs in the place of this one.
+#[derive(Debug, thiserror::Error)]
+#[error("a successor has taken the state directory over; this host agent has stopped")]
+struct Superseded;
+
 fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<Superseded>() {
+        return EX_TEMPFAIL;
+    }
     match error.downcast_ref::<StartError>() {
         Some(StartError::Listen { error, .. }) if error.kind() == std::io::ErrorKind::PermissionDenied => {
             EX_NOPERM
         }
         Some(StartError::Listen { .. }) => EX_UNAVAILABLE,
+        Some(StartError::Journal(JournalError::Held { .. })) => EX_TEMPFAIL,
+        Some(StartError::Journal(JournalError::Damaged { .. })) => EX_CONFIG,
         _ => EX_OSERR,
     }
 }

@@ -19,14 +19,19 @@ use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
 use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
 
-use crate::config::Config;
-use crate::host::Host;
+use crate::clock::Clock;
+use crate::config::{Config, StateConfig};
+use crate::handover;
+use crate::host::{Host, HostConfig};
+use crate::journal::{self, BootMoment, History, Journal, JournalError, Takeover};
 use crate::listen::{Accepted, Acceptor, Connection, Leave, ListenAddr, Listener};
+use crate::restart::Restart;
 use crate::service::admin::Admin;
 use crate::service::device::Devices;
 use crate::service::memory::Memory;
 use crate::service::notifier::Notifiers;
 use crate::service::page::Pages;
+use crate::session::Then;
 use crate::shard::{self, Arrivals, Doors, Thread};
 use crate::source::memory::{FrameStore, MemoryConfig, MemorySource, SwapFile};
 use crate::vigil::Vigil;
@@ -76,6 +81,9 @@ pub enum StartError {
     /// A thread could not be started.
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
+    /// The state directory could not be had.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     /// The reflection service could not be made of the protocol's descriptors.
     #[error("cannot build the reflection service")]
     Reflection(#[source] tonic_reflection::server::Error),
@@ -119,6 +127,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         listen,
         source_listen,
         admin_listen,
+        insecure,
         allow_uids,
         shards: shard_count,
         busy_poll,
@@ -126,13 +135,15 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         memory_limit_frames,
         swap,
         drain_timeout,
-        host,
+        state,
+        mut host,
     } = config;
+    let takeover = takeover(state.as_ref())?;
     // Sockets first: a second daemon on the same ones must fail before it does anything.
     let mut addresses = Addresses::default();
-    let device = bind(&listen, false, &mut addresses.device)?;
-    let source = bind(&source_listen, true, &mut addresses.source)?;
-    let admin = bind(&admin_listen, true, &mut addresses.admin)?;
+    let device = bind(&listen, Callers::Devices { insecure }, takeover, &mut addresses.device)?;
+    let source = bind(&source_listen, Callers::Privileged, takeover, &mut addresses.source)?;
+    let admin = bind(&admin_listen, Callers::Privileged, takeover, &mut addresses.admin)?;
     let frames = FrameStore::new(memory_frames)
         .map_err(|error| StartError::Frames { frames: memory_frames, error })?;
     let swap = swap
@@ -151,7 +162,11 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     // From here on a failure, which drops it, stops what was started.
     let stop_on_drop = stop.clone().drop_guard();
 
-    let host = Host::new(host, control.handle.clone());
+    // After the sockets, which fail more often: what a planned end left is good for one run.
+    let (restart, history) = remember(state, &mut host)?;
+    let host = Host::restarted(host, control.handle.clone(), restart);
+    // Before anybody can register, subscribe or ask.
+    Restart::bring_back(&host, history);
     let clock = host.clock();
     let mut memory_config = MemoryConfig::new(Arc::new(move || clock.now()), paging.handle.clone());
     memory_config.limit_frames = memory_limit_frames;
@@ -212,6 +227,25 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     })
 }
 
+/// Whether somebody is taken over from: not before it is known that it can be done, because its sockets
+/// are taken first.
+fn takeover(state: Option<&StateConfig>) -> Result<Takeover, JournalError> {
+    let Some(StateConfig { dir, takeover }) = state else { return Ok(Takeover::Never) };
+    if *takeover == Takeover::IfHeld {
+        journal::inspect(dir)?;
+    }
+    Ok(*takeover)
+}
+
+/// Takes the state directory, and finds out which run this is and what the runs before left.
+fn remember(state: Option<StateConfig>, host: &mut HostConfig) -> Result<(Restart, History), JournalError> {
+    let Some(StateConfig { dir, takeover }) = state else { return Ok((Restart::none(), History::default())) };
+    let began = BootMoment { boot_id: Clock::id(), at: host.clock.now() };
+    let opened = Journal::open(&dir, takeover, host.incarnation, host.session.lease, began)?;
+    host.incarnation = opened.run.incarnation;
+    Ok(Restart::on(opened))
+}
+
 /// Administrators that were accepted and not served yet.
 const ADMIN_QUEUE: usize = 16;
 
@@ -246,21 +280,44 @@ impl Running {
         self.shards.iter().map(|shard| &shard.handle)
     }
 
+    /// Returns when a successor has taken the state directory over. By then every stream was ended; what is
+    /// left is [`Running::abandon`].
+    ///
+    /// # Cancel safety
+    /// Cancel safe.
+    pub async fn superseded(&self) {
+        self.host.restart().superseded().cancelled().await;
+    }
+
+    /// Stops without waiting for anybody: nobody is told that devices have stopped.
+    pub async fn abandon(self) {
+        let Self { host, shards, control, paging, stop, .. } = self;
+        host.stopping().cancel();
+        drop(stop);
+        join(host, shards, control, paging, Then::Leave).await;
+    }
+
     /// Stops, in this order: nothing new is accepted; devices are told to finish and leave; rounds and
-    /// sessions are waited for, but not for longer than the drain time-out; then all is cut. A round
+    /// sessions are waited for, but not for longer than the drain time-out; then all is cut. With a state
+    /// directory devices are told to come back to a successor, only rounds are waited for, and what the
+    /// successor needs to go on is written down. A round
     /// that is not complete by then is never answered: its pages are not released.
     pub async fn shutdown(self) {
         let Self { host, memory, shards, control, paging, health, stop, drain_timeout, .. } = self;
         health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         health.set_not_serving::<DeviceServiceServer<Devices>>().await;
         host.stopping().cancel();
+        let then = if host.restart().journal().is_some() { Then::Resume } else { Then::Leave };
         for session in host.registry().list() {
-            session.drain(drain_timeout);
+            session.drain(drain_timeout, then);
         }
         host.tasks().close();
         let all_left = async {
             memory.drain().await;
-            host.tasks().wait().await;
+            match then {
+                Then::Leave => host.tasks().wait().await,
+                Then::Resume => handover::quiet(&host).await,
+            }
         };
         if tokio::time::timeout(drain_timeout, all_left).await.is_err() {
             let (sessions, rounds) = (host.registry().list().len(), host.rounds_in_flight());
@@ -270,14 +327,26 @@ impl Running {
                 "the drain time-out passed; sessions are cut, their rounds not released"
             );
         }
+        if then == Then::Resume {
+            host.registry().list().iter().for_each(|session| session.cut());
+        }
         drop(stop);
-        let threads = tokio::task::spawn_blocking(move || {
-            shards.into_iter().for_each(Thread::join);
-            control.join();
-            paging.join();
-        });
-        drop(threads.await);
+        join(host, shards, control, paging, then).await;
     }
+}
+
+async fn join(host: Host, shards: Vec<Thread>, control: Thread, paging: Thread, then: Then) {
+    let threads = tokio::task::spawn_blocking(move || {
+        shards.into_iter().for_each(Thread::join);
+        control.join();
+        paging.join();
+        // Last: what the others still had to say is in it.
+        if let Some(journal) = host.restart().journal() {
+            let drained = (then == Then::Resume && host.is_current()).then(|| handover::record(&host));
+            journal.clone().close(drained);
+        }
+    });
+    drop(threads.await);
 }
 
 struct Services<H, R: ServerReflection> {
@@ -359,17 +428,47 @@ fn incoming(arrivals: mpsc::Receiver<Accepted>) -> impl Stream<Item = io::Result
     ReceiverStream::new(arrivals).map(Connection::adopt)
 }
 
+/// For whom a listener is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Callers {
+    Devices {
+        /// They may be on other machines.
+        insecure: bool,
+    },
+    /// Known by their credentials.
+    Privileged,
+}
+
+impl Callers {
+    /// What the settings cannot tell of a socket that is passed.
+    fn check(self, address: &ListenAddr) -> io::Result<()> {
+        let wrong = match (self, address) {
+            (Self::Privileged, ListenAddr::Tcp(_)) => "it is no Unix socket, which privileged callers need",
+            (Self::Devices { insecure: false }, address) if !address.is_local() => {
+                "it can be reached from other machines, and there is no encryption; pass one on loopback, or say --insecure"
+            }
+            _ => return Ok(()),
+        };
+        Err(io::Error::new(io::ErrorKind::InvalidInput, wrong))
+    }
+}
+
 fn bind(
     addresses: &[ListenAddr],
-    privileged: bool,
+    callers: Callers,
+    takeover: Takeover,
     bound: &mut Vec<ListenAddr>,
 ) -> Result<Vec<Listener>, StartError> {
     let mut listeners = Vec::with_capacity(addresses.len());
     for address in addresses {
         let refused = |error| StartError::Listen { address: address.clone(), error };
-        let listener = Listener::bind(address, privileged).map_err(refused)?;
-        bound.push(listener.address().map_err(refused)?);
-        listeners.push(listener);
+        let privileged = callers == Callers::Privileged;
+        for listener in Listener::bind(address, privileged, takeover).map_err(refused)? {
+            let at = listener.address().map_err(refused)?;
+            callers.check(&at).map_err(refused)?;
+            bound.push(at);
+            listeners.push(listener);
+        }
     }
     Ok(listeners)
 }

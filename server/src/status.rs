@@ -30,6 +30,7 @@ pub(crate) const fn notify_reason(error: &NotifyError) -> Reason {
         NotifyError::TooManyAddressSpaces { .. } => Reason::AddressSpaceQuota,
         NotifyError::AddressSpaceTaken(_) => Reason::FieldInvalid,
         NotifyError::Stopping => Reason::Draining,
+        NotifyError::Superseded => Reason::HostSuperseded,
     }
 }
 

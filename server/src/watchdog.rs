@@ -33,7 +33,13 @@ pub(crate) async fn run(host: Host, stop: CancellationToken) {
             // First: nothing is decided for a host agent that stops.
             () = stop.cancelled() => return,
             // Before the looks: it is what bounds every round.
-            _ = ticks.tick() => host.registry().list().iter().for_each(|session| session.on_tick()),
+            _ = ticks.tick() => {
+                // First: a host agent that was stopped past its leases must not decide that they are over.
+                if !host.is_current() {
+                    return;
+                }
+                host.registry().list().iter().for_each(|session| session.on_tick());
+            }
             _ = looks.tick() => host.directory().list().iter().for_each(|space| look(&host, space)),
         }
     }

@@ -401,6 +401,22 @@ fn a_severed_session_that_acked_and_owes_anew_is_asked_for_again() {
 }
 
 #[test]
+fn a_session_of_an_earlier_run_is_waited_for_until_its_lease_is_over_and_numbers_on() {
+    let device = DeviceId::new("gpu0").unwrap();
+    let through = NoticeNumber::new(7);
+    let mut session = Session::restored(SessionId::FIRST, device, config(), at(500), through);
+    let mut effects = Effects::new();
+    assert_eq!((session.phase(), session.lease_expires()), (Phase::Severed, at(500)));
+    assert_eq!((session.outbox().last_sent(), session.outbox().acked_through()), (through, through));
+    session.on_event(&event(0), Some(1), at(10), &mut effects);
+    assert_eq!(session.on_heartbeat(at(20)), None, "it has no stream to ask on");
+    assert_eq!(session.on_tick(at(499), &mut effects), Some(at(500)));
+    assert_eq!(drained(&mut effects), Vec::<String>::new());
+    session.on_tick(at(500), &mut effects);
+    assert_eq!(drained(&mut effects), ["severed->fenced", "1 fenced"]);
+}
+
+#[test]
 fn each_quota_refuses_one_more_and_gives_back_what_is_returned() {
     let mut session = session();
     assert_eq!(session.try_subscribe(4), Err(QuotaError::Ranges { asked: 4, limit: 3 }));

@@ -188,8 +188,8 @@ async fn insist(host: &Host, session: &SessionHandle, rule: &FencerRule) {
     let mut pause = FIRST_PAUSE;
     while session.wants_fencer() {
         let place = host.fencers().places.acquire().await.expect("nobody closes it");
-        // It may have been a long wait.
-        if !session.wants_fencer() {
+        // It may have been a long wait; and what a successor has granted the device is not this one's to cut.
+        if !session.wants_fencer() || !host.is_current() {
             return;
         }
         let attempt = rule.fencer.fence(&subject, rule.time_limit).await;

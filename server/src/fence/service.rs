@@ -44,6 +44,8 @@ async fn connect(address: &ListenAddr) -> Result<Channel, tonic::transport::Erro
     let uri = match address {
         ListenAddr::Tcp(address) => format!("http://{address}"),
         ListenAddr::Unix(path) => format!("unix:{}", path.display()),
+        // The settings refuse it: a socket to listen on is nobody to call. To connect fails, and confirms nothing.
+        ListenAddr::Inherited(_) => address.to_string(),
     };
     Endpoint::from_shared(uri)?.connect().await
 }

@@ -43,7 +43,7 @@ impl DeviceService for Devices {
                     runtime: tokio::runtime::Handle::current(),
                     vigil: Arc::clone(&self.vigil),
                 };
-                handshake::open(&self.host, &hello, shard)
+                handshake::open(&self.host, &hello, shard).await
             }
             Err(refused) => Err(refused),
         };

@@ -22,6 +22,7 @@ use shootdown_proto::message::{Fault, Grant, HostSays};
 use super::{LineId, SessionHandle};
 use crate::directory::AddressSpace;
 use crate::host::Host;
+use crate::restart::GraceError;
 use crate::source::FaultError;
 use crate::status;
 
@@ -45,6 +46,8 @@ enum Refused {
     #[error("the pages changed {MOST_TRIES} times while the fault was served; ask again")]
     Contended,
     #[error(transparent)]
+    Grace(GraceError),
+    #[error(transparent)]
     Source(FaultError),
 }
 
@@ -53,7 +56,7 @@ impl Refused {
         match self {
             Self::NotSubscribed(_) => Reason::FaultNotSubscribed,
             Self::Released => Reason::AddressSpaceReleased,
-            Self::Contended | Self::Interrupted => Reason::FaultContended,
+            Self::Contended | Self::Interrupted | Self::Grace(_) => Reason::FaultContended,
             Self::Source(error) => status::fault_reason(error),
         }
     }
@@ -76,6 +79,7 @@ pub(super) fn start(host: &Host, handle: &Arc<SessionHandle>, on: LineId, fault:
     if let Err(quota) = counted {
         return handle.refuse(on, Reason::FaultQuota, quota.to_string(), Some(fault.request));
     }
+    let (restart, clock) = (Arc::clone(host.restart()), host.clock());
     let mut in_flight = InFlight { handle: Arc::clone(handle), on, granted: Granted::No };
     host.tasks().spawn_on(
         async move {
@@ -85,7 +89,10 @@ pub(super) fn start(host: &Host, handle: &Arc<SessionHandle>, on: LineId, fault:
                 // First: a session that is over must not be granted anything.
                 () = handle.over.cancelled() => return,
                 () = severed.cancelled() => return,
-                served = serve(handle, on, &space, fault) => served,
+                served = async {
+                    restart.accounted_for(clock).await.map_err(Refused::Grace)?;
+                    serve(handle, on, &space, fault).await
+                } => served,
             };
             match served {
                 Ok(()) => in_flight.on_granted(),

@@ -10,6 +10,7 @@ use shootdown_proto::message::{
     DeviceSays, Hello, HostSays, PROTOCOL_VERSIONS, Resume, SessionError, Welcome,
 };
 
+use super::task::start_outliving;
 use super::{LineId, SessionHandle, State};
 use crate::clock::Clock;
 use crate::fence;
@@ -71,14 +72,18 @@ impl Earlier {
 }
 
 /// Opens a session for a device that said Hello, or goes on with the one that it names. The Welcome is its first
-/// answer.
-pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Opened, SessionError> {
+/// answer, and is given when the session is durable.
+///
+/// # Cancel safety
+/// A device that goes away before it is welcomed holds nothing: its session is over at once. Where it goes on
+/// with an earlier one, nothing is awaited.
+pub(crate) async fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Opened, SessionError> {
     let version = agree_on_version(hello)?;
+    if !host.is_current() {
+        return Err(superseded());
+    }
     if host.is_stopping() {
-        return Err(SessionError::fatal(
-            Reason::Draining,
-            "the host agent is stopping; connect to its successor",
-        ));
+        return Err(draining());
     }
     if !hello.page_sizes.contains(&PageSize::BASE) {
         return Err(SessionError::fatal(
@@ -121,26 +126,77 @@ pub(crate) fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Opened, S
         over: tokio_util::sync::CancellationToken::new(),
         clock,
     })?;
+    let unwelcomed = Unwelcomed { host, handle: Some(Arc::clone(&handle)) };
+    host.restart().make_durable(&handle, config.lease, hello.enforces_lease).await?;
+    // In this order: if a successor has come, either it finds the session in the journal, or this finds it.
+    if !host.is_current() {
+        return Err(superseded());
+    }
+    if host.is_stopping() {
+        return Err(draining());
+    }
+    unwelcomed.welcomed();
     fence::watch_over(host, &handle);
     let line = LineId::FIRST;
-    handle.answer(
-        line,
-        HostSays::Welcome(Welcome {
-            session: handle.id,
-            host_incarnation: host.incarnation(),
-            version,
-            lease,
-            window,
-            epoch: handle.epoch,
-            // Nothing was sent yet.
-            retained_floor: None,
-            resume: Resume::Flush,
-            page_size: PageSize::BASE,
-            wants_timing,
-        }),
-    );
+    handle.welcome(HostSays::Welcome(Welcome {
+        session: handle.id,
+        host_incarnation: host.incarnation(),
+        version,
+        lease,
+        window,
+        epoch: handle.epoch,
+        // Nothing was sent yet.
+        retained_floor: None,
+        resume: Resume::Flush,
+        page_size: PageSize::BASE,
+        wants_timing,
+    }));
     tracing::info!(session = handle.id.get(), device = %handle.device, shard = handle.shard.index, "session opened");
     Ok(Opened { handle, line, earlier })
+}
+
+fn draining() -> SessionError {
+    SessionError::fatal(Reason::Draining, "the host agent is stopping; connect to its successor")
+}
+
+pub(crate) fn superseded() -> SessionError {
+    SessionError::fatal(
+        Reason::HostSuperseded,
+        "a successor runs in the place of this host agent; drop every translation and connect to it",
+    )
+}
+
+/// A session whose device has not been welcomed: it was granted nothing and holds nothing, so it is over
+/// when this is dropped.
+struct Unwelcomed<'a> {
+    host: &'a Host,
+    handle: Option<Arc<SessionHandle>>,
+}
+
+impl Unwelcomed<'_> {
+    fn welcomed(mut self) {
+        self.handle = None;
+    }
+}
+
+impl Drop for Unwelcomed<'_> {
+    fn drop(&mut self) {
+        let Some(handle) = self.handle.take() else { return };
+        handle.on_left_behind();
+        start_outliving(self.host, handle);
+    }
+}
+
+impl SessionHandle {
+    /// The Welcome goes before whatever else the session has been told meanwhile.
+    fn welcome(&self, welcome: HostSays) {
+        let waker = {
+            let mut state = self.state.lock();
+            state.line.answers.push_front(welcome);
+            state.line.stream.take()
+        };
+        super::wake(waker);
+    }
 }
 
 /// The device may ask for a smaller window than the host agent's, never for a larger one: the window

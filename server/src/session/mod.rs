@@ -17,6 +17,7 @@ pub(crate) mod stream;
 pub(crate) mod task;
 pub(crate) mod fault;
 mod subscription;
+pub(crate) mod restored;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -168,6 +169,15 @@ pub(crate) struct After {
     now: Moment,
 }
 
+/// What a device does when the host agent has stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// It has left by then.
+    Leave,
+    /// It comes to the successor, with what it holds.
+    Resume,
+}
+
 /// Whether the accesses of a session that is over are known to have ended.
 #[derive(PartialEq, Eq)]
 enum Stopped {
@@ -264,7 +274,11 @@ impl SessionHandle {
     /// The stream is gone. A device that never subscribed holds nothing, so it is as if it had left: it
     /// is not waited for, and does not count against the sessions there may be.
     fn on_severed(&self, on: LineId) {
-        self.finish(Some(on), |state, now, effects| {
+        self.sever(Some(on));
+    }
+
+    fn sever(&self, on: Option<LineId>) {
+        self.finish(on, |state, now, effects| {
             state.line.closed = true;
             if state.ever_subscribed {
                 state.session.on_severed(now, effects);
@@ -448,9 +462,9 @@ impl SessionHandle {
     }
 
     /// The host agent is about to stop.
-    pub(crate) fn drain(&self, deadline: std::time::Duration) {
+    pub(crate) fn drain(&self, deadline: std::time::Duration, then: Then) {
         let line = self.state.lock().line.id;
-        self.answer(line, HostSays::Drain { deadline, resumable: false });
+        self.answer(line, HostSays::Drain { deadline, resumable: then == Then::Resume });
     }
 
     /// Whether a device that asks much and reads little must wait.

@@ -26,12 +26,13 @@ struct Admission {
 }
 
 impl Registry {
-    pub(crate) fn new(most: usize) -> Self {
+    /// Ids and epochs start at `first`, which no earlier run has given out.
+    pub(crate) fn new(most: usize, first: u64) -> Self {
         Self {
             sessions: DashMap::new(),
             admission: Mutex::new(Admission {
-                next_session: SessionId::FIRST,
-                next_epoch: Epoch::FIRST,
+                next_session: SessionId::new(first).unwrap_or(SessionId::FIRST),
+                next_epoch: Epoch::new(first).unwrap_or(Epoch::FIRST),
                 by_device: std::collections::HashMap::new(),
             }),
             most,
@@ -79,6 +80,18 @@ impl Registry {
                 .end(Reason::SessionReplaced, "a newer session of this device took the place of this one");
         }
         Ok(handle)
+    }
+
+    /// Lists a session of an earlier run. It counts as its device's, unless there is one of a newer
+    /// incarnation.
+    pub(crate) fn restore(&self, handle: &Arc<SessionHandle>) {
+        let mut admission = self.admission.lock();
+        self.sessions.insert(handle.id, Arc::clone(handle));
+        let of_device =
+            admission.by_device.entry(handle.device.clone()).or_insert_with(|| Arc::clone(handle));
+        if (of_device.incarnation, of_device.id) < (handle.incarnation, handle.id) {
+            *of_device = Arc::clone(handle);
+        }
     }
 
     pub(crate) fn get(&self, id: SessionId) -> Option<Arc<SessionHandle>> {

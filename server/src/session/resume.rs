@@ -30,6 +30,10 @@ pub(super) enum Flush {
     OtherHost { named: Incarnation, own: Incarnation },
     #[error("there is no session {0}")]
     Unknown(SessionId),
+    #[error(
+        "the run before left session {0} with notices that were not acked, and nobody knows them any more"
+    )]
+    Survivor(SessionId),
     #[error("session {0} is of another device")]
     OtherDevice(SessionId),
     #[error("it is a session of device incarnation {of}, and this is {now}")]
@@ -46,6 +50,10 @@ pub(super) fn resume(host: &Host, hello: &Hello, point: ResumePoint, terms: Term
     let own = host.incarnation();
     if point.host_incarnation != own {
         return Err(Flush::OtherHost { named: point.host_incarnation, own });
+    }
+    // What a survivor was told before it was cut is forgotten, so it cannot be told again.
+    if host.restart().survivors().ids().contains(&point.session) {
+        return Err(Flush::Survivor(point.session));
     }
     let handle = host.registry().get(point.session).ok_or(Flush::Unknown(point.session))?;
     if handle.device != hello.device {

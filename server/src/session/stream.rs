@@ -26,6 +26,7 @@ use shootdown_proto::error::{Reason, status};
 use shootdown_proto::message::{HostSays, SessionError};
 use shootdown_proto::v1;
 use tokio_stream::Stream;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::{LineEnds, LineId, SessionHandle, State};
@@ -111,6 +112,11 @@ impl SessionHandle {
     pub(super) fn ends_of(&self, line: LineId) -> Option<LineEnds> {
         let state = self.state.lock();
         (state.line.id == line).then(|| state.line.ends.clone())
+    }
+
+    /// Cancelled when the session goes on on another stream than its newest.
+    pub(super) fn replaced(&self) -> CancellationToken {
+        self.state.lock().line.ends.replaced.clone()
     }
 
     /// What to say next; `None` ends the stream.

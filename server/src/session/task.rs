@@ -11,7 +11,7 @@ use shootdown_proto::convert;
 use shootdown_proto::error::{Malformed, Reason};
 use shootdown_proto::message::{DeviceSays, HostSays, RequestId};
 use shootdown_proto::v1;
-use tokio_util::sync::WaitForCancellationFutureOwned;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Status, Streaming};
 
 use super::handshake::{Earlier, Opened};
@@ -37,7 +37,7 @@ enum Happening {
 pub(crate) async fn run(host: Host, opened: Opened, mut inbound: Streaming<v1::SessionRequest>) {
     let Opened { handle, line, mut earlier } = opened;
     let Some(ends) = handle.ends_of(line) else { return };
-    let severed = ends.severed.cancelled_owned();
+    let severed = ends.severed.clone().cancelled_owned();
     tokio::pin!(severed);
     while handle.is_up(line) {
         let happening = next(&handle, &mut inbound, severed.as_mut()).await;
@@ -50,14 +50,34 @@ pub(crate) async fn run(host: Host, opened: Opened, mut inbound: Streaming<v1::S
         apply(&host, &handle, line, happening);
     }
     drop(inbound);
+    outlive(&host, &handle, &ends.replaced).await;
+}
+
+/// Waits until the device has stopped, then forgets the session; unless it goes on on another stream, whose task
+/// does it then.
+async fn outlive(host: &Host, handle: &SessionHandle, replaced: &CancellationToken) {
     tokio::select! {
         biased;
         // First: the other stream's task does the rest.
-        () = ends.replaced.cancelled() => return,
+        () = replaced.cancelled() => return,
         () = handle.over.cancelled() => {}
     }
+    // What it had begun to read or write ends before a round may begin that does not count on it
+    // (FenceReachesReuse): who owed nothing was waited for by nobody.
+    handle.wait_for_accesses();
+    // Before its subscriptions go: an address space that is registered now does not bring it new ones.
+    host.restart().survivors().remove(handle);
     handle.withdraw_all();
-    host.registry().forget(&handle);
+    host.registry().forget(handle);
+    host.restart().on_over(handle).await;
+}
+
+/// The same in a task of its own, for a session that no stream has a task of.
+pub(crate) fn start_outliving(host: &Host, handle: Arc<SessionHandle>) {
+    let replaced = handle.replaced();
+    let (host, runtime) = (host.clone(), handle.shard.runtime.clone());
+    let tasks = host.tasks().clone();
+    drop(tasks.spawn_on(async move { outlive(&host, &handle, &replaced).await }, &runtime));
 }
 
 /// # Cancel safety
@@ -135,13 +155,17 @@ fn said(host: &Host, handle: &Arc<SessionHandle>, on: LineId, says: DeviceSays) 
         }
         DeviceSays::Fault(fault) => fault::start(host, handle, on, fault),
         DeviceSays::Young { address_space, ranges } => handle.young(on, address_space, &ranges),
-        DeviceSays::Heartbeat { request } => heartbeat(handle, on, request),
+        DeviceSays::Heartbeat { request } => heartbeat(host, handle, on, request),
         DeviceSays::Leave => handle.on_left(on),
     }
 }
 
 /// A device that owes an ack for too long gets no answer: its lease runs out (BoundedResolution).
-fn heartbeat(handle: &SessionHandle, on: LineId, request: RequestId) {
+fn heartbeat(host: &Host, handle: &SessionHandle, on: LineId, request: RequestId) {
+    // After the request has come: what a successor waits for is a lease of what was asked before it came.
+    if !host.is_current() {
+        return;
+    }
     let now = handle.clock.now();
     let granted =
         handle.with(now, |state, _| if state.line.id == on { state.session.on_heartbeat(now) } else { None });

@@ -31,7 +31,8 @@ async fn fence_reaches_reuse() {
         resume: None,
         clock_id: String::new(),
     };
-    let session = handshake::open(&host, &hello, shard).unwrap();
+    let opened = handshake::open(&host, &hello, shard).await.unwrap();
+    let (session, line) = (opened.handle, opened.line);
     let address_space = host.register("reused", Arc::new(RpcSource::default())).unwrap();
     let ranges = vec![AddrRange::ALL];
     let ask = Subscribe {
@@ -41,7 +42,7 @@ async fn fence_reaches_reuse() {
         causes: CauseSet::EVERY,
         wants_end: false,
     };
-    session.subscribe(&host, ask);
+    session.subscribe(&host, line, ask);
     let (range, wait) = (AddrRange::page_of(0, PageSize::BASE), Wait::ForTargets);
     let unmap =
         Invalidation { address_space, range, cause: Cause::Unmap, owner: None, wait, resident_pages: None };

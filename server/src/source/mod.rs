@@ -169,6 +169,10 @@ pub enum NotifyError {
     /// The host agent is stopping.
     #[error("the host agent is stopping")]
     Stopping,
+    /// A successor has taken the place of this host agent. Whatever devices said to this one, the pages must
+    /// not be released.
+    #[error("a successor runs in the place of this host agent; connect to it, and ask it again")]
+    Superseded,
 }
 
 /// The notifier methods, as a source calls them.

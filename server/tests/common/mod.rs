@@ -412,6 +412,12 @@ impl Device {
         drop(self.asks.send(ask).await);
     }
 
+    /// An ack to a host agent that may have ended the stream.
+    pub async fn ack_if_open(&self, through: u64) {
+        let ack = v1::Ack { through, ..v1::Ack::default() };
+        drop(self.asks.send(v1::SessionRequest { message: Some(Ask::Ack(ack)) }).await);
+    }
+
     /// Ends the stream without a word.
     pub fn cut(self) {
         drop(self);

@@ -41,7 +41,7 @@ fn host() -> Host {
     Host::new(config.resolve().unwrap().host, tokio::runtime::Handle::current())
 }
 
-fn come(host: &Host, resume: Option<ResumePoint>) -> Opened {
+async fn come(host: &Host, resume: Option<ResumePoint>) -> Opened {
     let hello = Hello {
         device: DeviceId::new("gpu0").unwrap(),
         incarnation: Incarnation::FIRST,
@@ -55,7 +55,7 @@ fn come(host: &Host, resume: Option<ResumePoint>) -> Opened {
     };
     let vigil = Arc::new(Vigil::new(Duration::ZERO, host.clock()));
     let shard = Shard { index: 0, runtime: tokio::runtime::Handle::current(), vigil };
-    crate::session::handshake::open(host, &hello, shard).unwrap()
+    crate::session::handshake::open(host, &hello, shard).await.unwrap()
 }
 
 fn page(number: u64) -> AddrRange {
@@ -86,7 +86,7 @@ fn standing(handle: &SessionHandle) -> (Vec<String>, String) {
 async fn what_came_in_on_an_earlier_stream_changes_nothing() {
     let host = host();
     let space = host.register("test", Arc::new(Never)).unwrap();
-    let Opened { handle, line: old, .. } = come(&host, None);
+    let Opened { handle, line: old, .. } = come(&host, None).await;
     handle.subscribe(&host, old, subscribe(space, 1, 1));
     let round = {
         let host = host.clone();
@@ -98,6 +98,7 @@ async fn what_came_in_on_an_earlier_stream_changes_nothing() {
                 cause: Cause::Unmap,
                 owner: None,
                 wait: Wait::ForTargets,
+                resident_pages: None,
             };
             host.invalidate_range_start(call).await
         })
@@ -114,7 +115,7 @@ async fn what_came_in_on_an_earlier_stream_changes_nothing() {
         host_incarnation: host.incarnation(),
         received_through: Some(NoticeNumber::FIRST),
     };
-    let resumed = come(&host, Some(point));
+    let resumed = come(&host, Some(point)).await;
     assert!(Arc::ptr_eq(&resumed.handle, &handle) && resumed.line > old);
     let before = standing(&handle);
     assert_eq!(before.0.len(), 1, "the Welcome, and no answer of the old stream: {before:?}");
@@ -151,7 +152,7 @@ async fn what_came_in_on_an_earlier_stream_changes_nothing() {
 async fn a_subscription_is_answered_on_the_stream_on_which_it_was_asked_for_last() {
     let host = host();
     let space = host.register("test", Arc::new(Never)).unwrap();
-    let Opened { handle, line: old, .. } = come(&host, None);
+    let Opened { handle, line: old, .. } = come(&host, None).await;
     handle.subscribe(&host, old, subscribe(space, 1, 1));
     let ask = subscribe(space, 7, 2);
     // As `subscribe` leaves it before it is published.
@@ -174,7 +175,7 @@ async fn a_subscription_is_answered_on_the_stream_on_which_it_was_asked_for_last
     }
     let point =
         ResumePoint { session: handle.id, host_incarnation: host.incarnation(), received_through: None };
-    let new = come(&host, Some(point)).line;
+    let new = come(&host, Some(point)).await.line;
     let answer = HostSays::Subscribed { request: ask.request, subscription: id, seq: None };
     let told = |handle: &SessionHandle| {
         handle.state.lock().line.answers.iter().filter(|says| **says == answer).count()

@@ -14,7 +14,7 @@
 //! What took no effect is not remembered: a call that was refused, and one that was answered WOULD_BLOCK
 //! (NonBlockAtomic), is done anew when it is tried again.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -146,6 +146,41 @@ impl Retries {
             table.keep(id, 0);
         }
         Ok(ended)
+    }
+
+    /// The calls that a planned end of this run leaves open for a further try: those that opened brackets which
+    /// are open still, by the sequences of these, and the ends.
+    pub(crate) fn to_try_again(&self) -> (BTreeMap<Seq, (CallId, MayWait)>, Vec<(CallId, Seq)>) {
+        let (mut starts, mut ends) = (BTreeMap::new(), Vec::new());
+        for (id, known) in &self.table.lock().calls {
+            match known {
+                Known::Round { once, .. } => {
+                    if let (Asked::Start { may_wait, .. }, Some(round)) = (once.asked, once.round.get())
+                        && !round.is_settled()
+                    {
+                        starts.insert(round.look(|round| round.event().seq), (id.clone(), may_wait));
+                    }
+                }
+                Known::Ended(seq) => ends.push((id.clone(), *seq)),
+            }
+        }
+        (starts, ends)
+    }
+
+    /// A call that opened its bracket in the run before.
+    pub(crate) fn restore_start(&self, id: CallId, asked: Asked, round: Arc<WaitingRound>) {
+        let round = OnceCell::new_with(Some(round));
+        let once = Arc::new(Once { asked, round, young: OnceLock::new() });
+        let mut table = self.table.lock();
+        table.calls.insert(id.clone(), Known::Round { once, callers: 0 });
+        table.keep(id, 0);
+    }
+
+    /// An end that was told in the run before.
+    pub(crate) fn restore_end(&self, id: CallId, seq: Seq) {
+        let mut table = self.table.lock();
+        table.calls.insert(id.clone(), Known::Ended(seq));
+        table.keep(id, 0);
     }
 
     /// The release has its outcome elsewhere; its id must be one of its own all the same.

@@ -8,6 +8,7 @@ use shootdown_core::{DeviceId, Incarnation, PageSize};
 use shootdown_proto::message::MAX_NOTICES_A_MESSAGE;
 
 use crate::clock::{self, Clock};
+use crate::connector::Connector;
 use crate::endpoint::Endpoint;
 use crate::hosts::HostsSeen;
 
@@ -70,6 +71,8 @@ pub struct DeviceConfig {
     /// quickly: a round trip is shorter by what it costs to wake a core. 100 us by default, none of which is
     /// spent while nothing happens; zero: always sleep.
     pub busy_poll: Duration,
+    /// What connects to the endpoint: the system's sockets by default.
+    pub connector: Connector,
     /// Where the time is read.
     pub clock: Clock,
 }
@@ -134,6 +137,7 @@ impl DeviceConfig {
             reconnect_pause_most: Duration::from_millis(500),
             hosts: HostsSeen::default(),
             busy_poll: Duration::from_micros(100),
+            connector: Connector::system(),
             clock: Clock::boottime(),
         }
     }

@@ -7,6 +7,8 @@ use std::time::Duration;
 use shootdown_proto::error::Reason;
 use tonic::transport::Channel;
 
+use crate::config::DeviceConfig;
+use crate::connector::Connector;
 use crate::endpoint::Endpoint;
 
 /// What may be unread on a connection, in bytes. h2 closes a connection when half of it, counted in
@@ -61,26 +63,49 @@ impl Text {
     }
 }
 
-/// How a connection is watched.
-#[derive(Debug, Clone, Copy)]
+/// How a connection is made and watched.
+#[derive(Debug, Clone)]
 pub(crate) struct Watch {
+    pub(crate) connector: Connector,
     pub(crate) connect_timeout: Duration,
     pub(crate) keepalive: Duration,
 }
 
+impl Watch {
+    pub(crate) fn of(config: &DeviceConfig) -> Self {
+        Self {
+            connector: config.connector.clone(),
+            connect_timeout: config.connect_timeout,
+            keepalive: config.keepalive,
+        }
+    }
+}
+
 /// # Cancel safety
 /// Dropping it closes the connection.
-pub(crate) async fn connect(endpoint: &Endpoint, watch: Watch) -> Result<Channel, TransportError> {
-    settings(endpoint, watch)?.connect().await.map_err(TransportError::of_connect)
+pub(crate) async fn connect(endpoint: &Endpoint, watch: &Watch) -> Result<Channel, TransportError> {
+    let settings = settings(endpoint, watch)?;
+    let channel = match watch.connector.own(endpoint) {
+        None => settings.connect().await,
+        Some(connect) => {
+            let connect = tower::service_fn(move |_| connect());
+            settings.connect_with_connector(connect).await
+        }
+    };
+    channel.map_err(TransportError::of_connect)
 }
 
 /// Connects at the first call, and again at the next call after it was lost: right for calls that stand
 /// alone, wrong for a session.
-pub(crate) fn connect_lazy(endpoint: &Endpoint, watch: Watch) -> Result<Channel, TransportError> {
-    Ok(settings(endpoint, watch)?.connect_lazy())
+pub(crate) fn connect_lazy(endpoint: &Endpoint, watch: &Watch) -> Result<Channel, TransportError> {
+    let settings = settings(endpoint, watch)?;
+    Ok(match watch.connector.own(endpoint) {
+        None => settings.connect_lazy(),
+        Some(connect) => settings.connect_with_connector_lazy(tower::service_fn(move |_| connect())),
+    })
 }
 
-fn settings(endpoint: &Endpoint, watch: Watch) -> Result<tonic::transport::Endpoint, TransportError> {
+fn settings(endpoint: &Endpoint, watch: &Watch) -> Result<tonic::transport::Endpoint, TransportError> {
     let target = match endpoint {
         Endpoint::Unix(path) => format!("unix:{}", path.display()),
         Endpoint::Tcp { host, port } if host.contains(':') => format!("http://[{host}]:{port}"),

@@ -352,8 +352,8 @@ pub(crate) async fn greet(
 ) -> Result<(tonic::Streaming<v1::SessionResponse>, Welcome), ConnectError> {
     let transport = |source| ConnectError::Transport { endpoint: config.endpoint.clone(), source };
     let broken = |status: tonic::Status| transport(TransportError::of_status(&status));
-    let watch = Watch { connect_timeout: config.connect_timeout, keepalive: config.keepalive };
-    let channel = connection::connect(&config.endpoint, watch).await.map_err(transport)?;
+    let watch = Watch::of(config);
+    let channel = connection::connect(&config.endpoint, &watch).await.map_err(transport)?;
     let mut client = DeviceServiceClient::new(channel)
         .max_decoding_message_size(MAX_SESSION_MESSAGE)
         .max_encoding_message_size(MAX_SESSION_MESSAGE);

@@ -72,8 +72,8 @@ pub enum PageError {
 impl PageClient {
     pub(crate) fn new(session: Arc<Session>) -> Result<Self, TransportError> {
         let config = &session.config;
-        let watch = Watch { connect_timeout: config.connect_timeout, keepalive: config.keepalive };
-        let channel = connection::connect_lazy(&config.endpoint, watch)?;
+        let watch = Watch::of(config);
+        let channel = connection::connect_lazy(&config.endpoint, &watch)?;
         Ok(Self { client: PageServiceClient::new(channel), session })
     }
 

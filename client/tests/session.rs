@@ -8,8 +8,8 @@ use std::time::Duration;
 use host::{Call, FakeHost, TestTlb, notice, notice_of, number, page, pages, soon, space};
 use parking_lot::Mutex;
 use shootdown_client::{
-    Access, Clock, CommitError, Counts, EndCause, FaultError, FlushAllCause, FrameNumber, Moment,
-    SubscriptionId, Translation, UseRefused,
+    Access, Clock, CommitError, Connector, Counts, EndCause, FaultError, FlushAllCause, FrameNumber,
+    FrameSpan, Moment, SubscriptionId, Translation, UseRefused,
 };
 use shootdown_core::NoticeKind;
 use shootdown_proto::message::{DeviceSays, HostSays};
@@ -52,6 +52,30 @@ async fn a_session_is_lost_when_its_host_is_killed() {
     });
     assert!(matches!(faulted, Err(FaultError::NotLive(_))));
     soon(device.lost()).await;
+}
+
+#[tokio::test]
+async fn a_connector_of_ones_own_carries_session_and_pages() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let mut config = host.config();
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let (shootdown_client::Endpoint::Unix(path), seen) = (config.endpoint.clone(), Arc::clone(&asked)) else {
+        panic!("the host of these tests listens on a Unix socket");
+    };
+    // A place that only the connector knows of.
+    config.endpoint = "tcp://tunnel:1".parse().unwrap();
+    config.connector = Connector::from_fn(move |endpoint| {
+        seen.lock().push(endpoint.to_string());
+        tokio::net::UnixStream::connect(path.clone())
+    });
+    let (device, mut session) = host.subscribed(config, &tlb).await;
+    let mapping = session.mapped(&device, 1).await;
+    let in_use = mapping.begin_use().unwrap();
+    let span = FrameSpan { frame: in_use.frame(), offset: 0, length: 8 };
+    let read = soon(device.pages().unwrap().read(&[span])).await.unwrap();
+    assert_eq!(read, vec![0; 8]);
+    assert_eq!(*asked.lock(), ["tcp://tunnel:1", "tcp://tunnel:1"], "one connection for each");
 }
 
 #[tokio::test]

@@ -13,7 +13,8 @@
 //!
 //! [`start()`] takes a [`config::Config`] and returns a [`Running`] host agent with threads of its own;
 //! its [`Host`] is a [`source::Notifier`], whose methods are those of the kernel's
-//! `struct mmu_notifier_ops`.
+//! `struct mmu_notifier_ops`. A program that has a runtime and connections of its own takes the parts
+//! from [`embed`].
 #![deny(unsafe_code)]
 
 pub mod clock;
@@ -36,6 +37,8 @@ mod listen;
 mod inherited;
 mod shard;
 mod watchdog;
+mod serve;
+pub mod embed;
 mod start;
 pub mod telemetry;
 

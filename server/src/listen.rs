@@ -185,6 +185,18 @@ pub(crate) struct Peer {
     has_leave: bool,
 }
 
+impl Peer {
+    /// Nothing is known of it.
+    pub(crate) fn device() -> Self {
+        Self { uid: None, has_leave: false }
+    }
+
+    /// Somebody who knows it gives it leave.
+    pub(crate) fn with_leave() -> Self {
+        Self { uid: None, has_leave: true }
+    }
+}
+
 /// A tokio listener.
 #[derive(Debug)]
 pub(crate) enum Acceptor {
@@ -217,7 +229,7 @@ impl Acceptor {
                 // Notices and acks are small, and each is waited for.
                 stream.set_nodelay(true)?;
                 find_vanished(&stream)?;
-                Ok(Accepted::Tcp(stream.into_std()?, Peer { uid: None, has_leave: false }))
+                Ok(Accepted::Tcp(stream.into_std()?, Peer::device()))
             }
             Self::Unix { listener, leave, .. } => {
                 let (stream, _) = listener.accept().await?;

@@ -5,16 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shootdown_proto::v1;
-use shootdown_proto::v1::admin_service_server::AdminServiceServer;
 use shootdown_proto::v1::device_service_server::DeviceServiceServer;
 use shootdown_proto::v1::memory_service_server::MemoryServiceServer;
-use shootdown_proto::v1::notifier_service_server::NotifierServiceServer;
-use shootdown_proto::v1::page_service_server::PageServiceServer;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::transport::Server;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
 use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
@@ -26,6 +22,7 @@ use crate::host::{Host, HostConfig};
 use crate::journal::{self, BootMoment, History, Journal, JournalError, Takeover};
 use crate::listen::{Accepted, Acceptor, Connection, Leave, ListenAddr, Listener};
 use crate::restart::Restart;
+use crate::serve::{self, MOST_PAGE_BYTES};
 use crate::service::admin::Admin;
 use crate::service::device::Devices;
 use crate::service::memory::Memory;
@@ -36,17 +33,6 @@ use crate::shard::{self, Arrivals, Doors, Thread};
 use crate::source::memory::{FrameStore, MemoryConfig, MemorySource, SwapFile};
 use crate::vigil::Vigil;
 use crate::watchdog;
-
-/// What a device says is small and read at once. The window is fixed: an adaptive one starts so low
-/// that 136 unread tiny frames end a connection (RUSTSEC-2026-0258).
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
-
-/// Streams of one connection: a session, and reads and writes of frames.
-const MOST_STREAMS: u32 = 256;
-
-/// Reads and writes of frames: 256 spans of a page each, and room for the rest.
-const MOST_PAGE_BYTES: usize = 2 << 20;
 
 /// Why a host agent did not start.
 #[derive(Debug, thiserror::Error)]
@@ -364,24 +350,11 @@ async fn serve_shard<H: Health, R: ServerReflection>(
     stop: CancellationToken,
 ) {
     let Services { devices, pages, notifiers, memory, health, reflection } = services;
-    let for_devices = server()
-        .add_service(
-            DeviceServiceServer::new(devices)
-                .max_decoding_message_size(shootdown_proto::message::MAX_SESSION_MESSAGE),
-        )
-        .add_service(
-            PageServiceServer::new(pages)
-                .max_decoding_message_size(MOST_PAGE_BYTES)
-                .max_encoding_message_size(MOST_PAGE_BYTES),
-        )
+    let for_devices = serve::for_devices(devices, pages)
         .add_service(health.clone())
         .add_service(reflection.clone())
         .serve_with_incoming_shutdown(incoming(arrivals.device), stop.clone().cancelled_owned());
-    let for_sources = server()
-        .add_service(
-            NotifierServiceServer::new(notifiers)
-                .max_decoding_message_size(shootdown_proto::message::MAX_SESSION_MESSAGE),
-        )
+    let for_sources = serve::for_sources(notifiers)
         .add_service(MemoryServiceServer::new(memory).max_decoding_message_size(MOST_PAGE_BYTES))
         .add_service(health)
         .add_service(reflection)
@@ -399,21 +372,11 @@ async fn serve_admin<H: Health, R: ServerReflection>(
     reflection: ServerReflectionServer<R>,
     stop: CancellationToken,
 ) {
-    let serving = server()
-        .add_service(AdminServiceServer::new(admin))
+    let serving = serve::for_administrators(admin)
         .add_service(health)
         .add_service(reflection)
         .serve_with_incoming_shutdown(incoming(arrivals), stop.clone().cancelled_owned());
     shard::until_stopped(serving, stop, "administrators").await;
-}
-
-/// No HTTP/2 keepalive: a session that falls silent is found by its lease, and a connection without one
-/// by TCP's own keepalive (see [`crate::listen`]), neither of which needs a timer on the shard.
-fn server() -> Server {
-    Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(MOST_STREAMS)
 }
 
 fn reflection() -> Result<ServerReflectionServer<impl ServerReflection>, StartError> {

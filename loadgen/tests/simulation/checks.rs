@@ -1,0 +1,360 @@
+//! One function an invariant, of its name. What a trace cannot show is left to the tests of
+//! docs/architecture.md.
+
+use std::time::Duration;
+
+use crate::oracle::{Flush, History, Round, Violation};
+use crate::trace::{Called, Life, Outcome, Patience, Scope, Target, Verdict, What};
+
+/// A check, and the name of its invariant.
+pub type Check = (&'static str, fn(&History) -> Vec<Violation>);
+
+/// What is looked at. `NoStaleUse` is what all the others are for.
+pub const ALL: &[Check] = &[
+    ("NoStaleUse", no_stale_use),
+    ("NoFreeBeforeQuiesce", no_free_before_quiesce),
+    ("AckMeansStopped", ack_means_stopped),
+    ("NoGrantInWindow", no_grant_in_window),
+    ("JoinCovers", join_covers),
+    ("StableTargets", stable_targets),
+    ("UnsubscribeBarrier", unsubscribe_barrier),
+    ("Pairing", pairing),
+    ("NonBlockAtomic", non_block_atomic),
+    ("Contiguity", contiguity),
+    ("TimeoutIsNotAck", timeout_is_not_ack),
+    ("FenceIsPositive", fence_is_positive),
+    ("Isolation", isolation),
+    ("BoundedResolution", bounded_resolution),
+    ("NothingIsLeft", nothing_is_left),
+];
+
+/// A caller is answered in the step in which its round is complete.
+const STEP: Duration = Duration::from_millis(2);
+
+/// No device reaches into a frame that was freed.
+pub fn no_stale_use(history: &History) -> Vec<Violation> {
+    let stale = history.uses.values().filter_map(|used| {
+        let (freed, op) = history.freed.get(&used.frame)?;
+        // At the same moment of virtual time the device may have been first.
+        (used.ended > *freed).then(|| Violation {
+            invariant: "NoStaleUse",
+            at: *freed,
+            what: format!(
+                "{:?} was freed by {op:?} and used from {:?} to {:?} in {:?}",
+                used.frame, used.began, used.ended, used.life
+            ),
+        })
+    });
+    stale.collect()
+}
+
+/// Pages are released on a verdict only; what a verdict rests on, TimeoutIsNotAck looks at.
+pub fn no_free_before_quiesce(history: &History) -> Vec<Violation> {
+    let too_early = history.freed.iter().filter_map(|(frame, (at, op))| {
+        let round = history.rounds.get(op)?;
+        let may = round.quiesced().is_some_and(|(answered, resolved)| answered.max(resolved) <= *at);
+        (!may).then(|| Violation {
+            invariant: "NoFreeBeforeQuiesce",
+            at: *at,
+            what: format!("{frame:?} was freed by {op:?} before it was quiesced"),
+        })
+    });
+    too_early.collect()
+}
+
+/// When an ack has arrived nothing of what was there before is used any more.
+pub fn ack_means_stopped(history: &History) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for (round, target, acked, life) in history.resolved() {
+        if !matches!(target.outcome, Outcome::Acked | Outcome::Left) || !round.withdraws() {
+            continue;
+        }
+        let going_on = history.uses.values().filter(|used| {
+            Some(used.life) == life
+                && round.pages.holds(used.space, used.page)
+                && !round.installs(used.frame)
+                && used.began < acked
+                && used.ended > acked
+        });
+        violations.extend(going_on.map(|used| Violation {
+            invariant: "AckMeansStopped",
+            at: acked,
+            what: format!(
+                "{:?} acked {:?} during a use of page {} of {:?}",
+                used.life, round.op, used.page, used.frame
+            ),
+        }));
+    }
+    violations
+}
+
+/// Between a device's ack and the end of the bracket it is granted nothing that overlaps.
+pub fn no_grant_in_window(history: &History) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for (round, target, acked, life) in history.resolved() {
+        let Some(ends) = round.window_ends().filter(|_| target.outcome == Outcome::Acked) else { continue };
+        violations.extend(granted(history, round, acked, ends, |who| Some(who) == life).map(|at| {
+            Violation {
+                invariant: "NoGrantInWindow",
+                at,
+                what: format!("{life:?} was granted a page of {:?}, which it acked at {acked:?}", round.op),
+            }
+        }));
+    }
+    violations
+}
+
+/// A subscriber that joins while an event is going on is no target of it, and is granted nothing either.
+pub fn join_covers(history: &History) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for round in history.rounds.values() {
+        let (Some(dispatched), Some(ends)) = (round.dispatched(), round.window_ends()) else { continue };
+        // Who asked for a subscription only after it had begun.
+        let joined = |who: Life| {
+            let life = &history.lives[&who];
+            let is_target = round.last_targets().iter().any(|target| Some(target.session) == life.session);
+            let subscribing = life.subscribing.iter().filter(|(_, space)| *space == round.pages.space);
+            !is_target && subscribing.map(|(at, _)| *at).min().is_some_and(|first| first > dispatched)
+        };
+        violations.extend(granted(history, round, dispatched, ends, joined).map(|at| Violation {
+            invariant: "JoinCovers",
+            at,
+            what: format!("a device that joined during {:?} was granted a page of it", round.op),
+        }));
+    }
+    violations
+}
+
+/// When pages of a round were installed in between, by devices of that kind.
+fn granted<'a>(
+    history: &'a History,
+    round: &'a Round,
+    after: Duration,
+    before: Duration,
+    of: impl Fn(Life) -> bool + 'a,
+) -> impl Iterator<Item = Duration> + 'a {
+    let installs = history.installs.iter().filter(move |install| {
+        round.pages.holds(install.space, install.page)
+            && !round.installs(install.frame)
+            && after < install.at
+            && install.at < before
+            && of(install.life)
+    });
+    installs.map(|install| install.at)
+}
+
+/// Every answer about a round names the same targets.
+pub fn stable_targets(history: &History) -> Vec<Violation> {
+    let unstable = history.rounds.values().filter_map(|round| {
+        let named = round.answers.iter().filter(|(_, answer)| !answer.targets.is_empty());
+        let sessions = named
+            .map(|(at, answer)| (at, answer.targets.iter().map(|target| target.session).collect::<Vec<_>>()));
+        let all: Vec<_> = sessions.collect();
+        let other = all.windows(2).find(|pair| pair[0].1 != pair[1].1)?;
+        Some(Violation {
+            invariant: "StableTargets",
+            at: *other[1].0,
+            what: format!("the targets of {:?} were {:?} and then {:?}", round.op, other[0].1, other[1].1),
+        })
+    });
+    unstable.collect()
+}
+
+/// After an unsubscription has returned no notice of the address space comes, before the device asks again.
+pub fn unsubscribe_barrier(history: &History) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for (name, life) in &history.lives {
+        for (left, space) in &life.unsubscribed {
+            let again = life.subscribing.iter().filter(|(at, other)| other == space && at >= left);
+            let again = again.map(|(at, _)| *at).min().unwrap_or(Duration::MAX);
+            let late = history.flushes.values().filter(|flush| {
+                let of_space =
+                    matches!(&flush.scope, Scope::Pages(pages) if pages.space == *space && flush.notice.is_some());
+                flush.life == *name && of_space && *left < flush.began && flush.began < again
+            });
+            violations.extend(late.map(|flush| Violation {
+                invariant: "UnsubscribeBarrier",
+                at: flush.began,
+                what: format!("{name:?} left address space {space} and got notice {:?}", flush.notice),
+            }));
+        }
+    }
+    violations
+}
+
+/// Each start that succeeded has exactly one end or abort.
+pub fn pairing(history: &History) -> Vec<Violation> {
+    let unpaired = history.rounds.values().filter_map(|round| {
+        let ends = round.ended.len() + round.abandoned.len();
+        // Nobody knows whether one that was abandoned had started; it has one end either way.
+        let started = round.dispatched().is_some() || !round.abandoned.is_empty();
+        let due = usize::from(round.called == Called::RangeStart && started);
+        (ends != due).then(|| Violation {
+            invariant: "Pairing",
+            at: round.at,
+            what: format!("{:?} has {ends} ends; {:?}", round.op, round.refused),
+        })
+    });
+    unpaired.collect()
+}
+
+/// Who cannot wait never leaves anybody waiting.
+pub fn non_block_atomic(history: &History) -> Vec<Violation> {
+    let waits =
+        history.rounds.values().filter(|round| round.patience == Patience::None).filter_map(|round| {
+            let (at, answer) = round.answers.iter().find(|(_, answer)| {
+                let blocked = answer.verdict == Verdict::WouldBlock;
+                blocked == answer.targets.is_empty() || blocked == answer.seq.is_some()
+            })?;
+            let what = format!("{:?} could not wait and was answered {:?}", round.op, answer);
+            Some(Violation { invariant: "NonBlockAtomic", at: *at, what })
+        });
+    waits.collect()
+}
+
+/// A device flushes each notice once; where it misses one, it has flushed everything.
+pub fn contiguity(history: &History) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for life in history.lives.keys() {
+        let of_life: Vec<&Flush> = history.flushes.values().filter(|flush| flush.life == *life).collect();
+        let mut numbers: Vec<_> = of_life.iter().filter_map(|f| f.notice.map(|n| (n, f.began))).collect();
+        numbers.sort_unstable();
+        // A flush of everything has a number as well, which the device is not told.
+        let everything = of_life.iter().filter(|flush| flush.scope == Scope::Everything).count() as u64;
+        let twice = numbers.windows(2).find(|pair| pair[0].0 == pair[1].0).map(|pair| pair[1]);
+        let missing = numbers.last().filter(|(last, _)| *last > numbers.len() as u64 + everything).copied();
+        violations.extend(twice.or(missing).map(|(notice, at)| Violation {
+            invariant: "Contiguity",
+            at,
+            what: format!(
+                "{life:?} had {} notices and {everything} for everything, up to {notice}",
+                numbers.len()
+            ),
+        }));
+    }
+    violations
+}
+
+/// An ack is a device's word, after it has flushed; whoever is waited for makes no verdict.
+pub fn timeout_is_not_ack(history: &History) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for (round, target, resolved, life) in history.resolved() {
+        let flushed = |flush: &Flush| flush.ended.is_some_and(|ended| ended <= resolved && ended >= round.at);
+        let said_so = match target.outcome {
+            Outcome::Waiting => false,
+            Outcome::Fenced => true,
+            Outcome::Acked => history.flushes.values().any(|flush| {
+                let newer = flush.seq.is_none_or(|of| round.answers[0].1.seq.is_none_or(|seq| of >= seq));
+                let covers = match &flush.scope {
+                    Scope::Pages(pages) => pages.overlaps(&round.pages) && newer && flush.notice.is_some(),
+                    Scope::Everything => true,
+                    Scope::EverythingOfTheSession => false,
+                };
+                Some(flush.life) == life && covers && flushed(flush)
+            }),
+            // Whichever life of the device said that it holds nothing.
+            Outcome::Left => history.flushes.values().any(|flush| {
+                let device = |life: &Life| history.lives.get(life).map(|life| life.device);
+                let same = life.as_ref().is_none_or(|left| device(&flush.life) == device(left));
+                // It need not have begun after the call.
+                let ended = flush.ended.is_some_and(|ended| ended <= resolved);
+                same && flush.scope == Scope::EverythingOfTheSession && ended
+            }),
+        };
+        if !said_so {
+            let what = format!("{:?} counts session {} as {:?}", round.op, target.session, target.outcome);
+            violations.push(Violation { invariant: "TimeoutIsNotAck", at: resolved, what });
+        }
+    }
+    for round in history.rounds.values() {
+        let wrong = round.answers.iter().find(|(_, answer)| {
+            let waiting = |target: &Target| target.outcome == Outcome::Waiting;
+            answer.verdict == Verdict::Quiesced && answer.targets.iter().any(waiting)
+        });
+        violations.extend(wrong.map(|(at, answer)| Violation {
+            invariant: "TimeoutIsNotAck",
+            at: *at,
+            what: format!("{:?} is quiesced, and waits for one of {:?}", round.op, answer.targets),
+        }));
+    }
+    violations
+}
+
+/// A session is fenced only when its device's lease has ended on the device's own clock.
+pub fn fence_is_positive(history: &History) -> Vec<Violation> {
+    let early = history.resolved().filter(|(_, target, ..)| target.outcome == Outcome::Fenced);
+    let early = early.filter_map(|(round, target, fenced, life)| {
+        let life = life?;
+        let mut before = history.lives[&life].leases.iter().filter(|(at, _)| *at <= fenced);
+        let until = before.next_back().and_then(|(_, until)| *until)?;
+        (until > fenced).then(|| Violation {
+            invariant: "FenceIsPositive",
+            at: fenced,
+            what: format!(
+                "session {} was fenced in {:?}; its lease lasts until {until:?}",
+                target.session, round.op
+            ),
+        })
+    });
+    early.collect()
+}
+
+/// A round is over when the last of its own targets is, whatever others wait for.
+pub fn isolation(history: &History) -> Vec<Violation> {
+    let late = history.rounds.values().filter_map(|round| {
+        let (answered, answer) = round.answers.first()?;
+        let unlimited = round.patience == Patience::Unlimited && answer.verdict == Verdict::Quiesced;
+        // The release of an address space also waits for those who leave it.
+        let unlimited = unlimited && round.called != Called::Release;
+        let last = answer.targets.iter().filter_map(|target| target.resolved).max();
+        let due = last.unwrap_or(answer.dispatched) + STEP;
+        (unlimited && *answered > due).then(|| Violation {
+            invariant: "Isolation",
+            at: *answered,
+            what: format!("{:?} was answered at {answered:?}; its last target stopped at {last:?}", round.op),
+        })
+    });
+    late.collect()
+}
+
+/// Every round ends within T_ack and a lease, as the host agent counts it.
+pub fn bounded_resolution(history: &History) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for round in history.rounds.values() {
+        let Some(dispatched) = round.dispatched() else { continue };
+        let (resolved, unresolved) = match round.quiesced() {
+            Some((_, resolved)) => (resolved, ""),
+            None if round.refused.is_empty() => (history.end, "not "),
+            None => continue,
+        };
+        // Those that were before it and wait as well: behind a window that is full, each has its own turn.
+        let ahead = history.rounds.values().filter(|other| {
+            let went_on = other.quiesced().is_none_or(|(_, resolved)| resolved > dispatched);
+            other.dispatched().is_some_and(|at| at <= dispatched) && went_on
+        });
+        let turns = u32::try_from(ahead.count() / history.bounds.window).unwrap();
+        let bound = history.bounds.resolution + history.bounds.turn * turns;
+        if resolved > dispatched + bound {
+            let took = resolved - dispatched;
+            let what =
+                format!("{:?} was {unresolved}resolved after {took:?}, the bound being {bound:?}", round.op);
+            violations.push(Violation { invariant: "BoundedResolution", at: resolved, what });
+        }
+    }
+    violations
+}
+
+/// When every fault is healed and every device has left, the host agent has nothing left.
+pub fn nothing_is_left(history: &History) -> Vec<Violation> {
+    let nothing = What::Left { sessions: 0, rounds: 0, brackets: 0, subscriptions: 0 };
+    match &history.left {
+        Some((_, left)) if *left == nothing => Vec::new(),
+        left => {
+            let what = format!("{left:?}");
+            vec![Violation { invariant: "NothingIsLeft", at: history.end, what }]
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

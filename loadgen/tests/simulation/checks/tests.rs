@@ -1,0 +1,267 @@
+//! Each check on a trace made by hand in which its invariant is broken, and nothing else is different from
+//! one in which it holds.
+
+use super::*;
+use crate::oracle::{Bounds, check};
+use crate::trace::{Answer, Event, Frame, Op, Pages, Span};
+
+const BOUNDS: Bounds =
+    Bounds { resolution: Duration::from_millis(100), turn: Duration::from_millis(10), window: 64 };
+const FRAME: Frame = Frame { index: 3, generation: 0 };
+const OP: Op = Op(1);
+const LIFE: Life = Life(1);
+
+fn at(millis: u64, what: What) -> Event {
+    Event { at: Duration::from_millis(millis), what }
+}
+
+fn page(number: u64) -> Pages {
+    Pages { space: 1, pages: number..number + 1 }
+}
+
+fn answer(verdict: Verdict, outcome: Outcome) -> Answer {
+    let resolved = (outcome != Outcome::Waiting).then_some(Duration::from_millis(15));
+    let target = Target { session: 1, outcome, resolved };
+    let dispatched = Duration::from_millis(10);
+    Answer { verdict, seq: Some(1), targets: vec![target], dispatched, resolved }
+}
+
+fn answered(millis: u64, verdict: Verdict, outcome: Outcome) -> Event {
+    at(millis, What::Answered { op: OP, answer: answer(verdict, outcome) })
+}
+
+fn flush(began: u64, ended: u64, span: usize, scope: Scope, notice: Option<u64>) -> [Event; 2] {
+    let span = Span(span);
+    [
+        at(began, What::FlushBegan { life: LIFE, span, scope, notice, seq: notice }),
+        at(ended, What::FlushEnded { span }),
+    ]
+}
+
+/// A device uses a page; the page is unmapped; the device flushes and acks; the page is freed.
+fn good() -> Vec<Event> {
+    let (life, op, frame, space) = (LIFE, OP, FRAME, 1);
+    let pages = page(0);
+    let mut events = vec![
+        at(0, What::Connecting { life, device: 0 }),
+        at(1, What::Opened { life, session: 1 }),
+        at(1, What::Lease { life, until: Some(Duration::from_millis(500)) }),
+        at(1, What::Subscribing { life, space }),
+        at(2, What::Subscribed { life, space }),
+        at(3, What::Mapped { space, page: 0, frame }),
+        at(4, What::Installed { life, space, page: 0, frame }),
+        at(5, What::UseBegan { life, span: Span(1), space, page: 0, frame }),
+        at(6, What::UseEnded { span: Span(1) }),
+        at(10, What::Call { op, called: Called::RangeStart, pages, patience: Patience::Unlimited }),
+    ];
+    events.extend(flush(12, 13, 2, Scope::Pages(page(0)), Some(1)));
+    events.extend([
+        answered(15, Verdict::Quiesced, Outcome::Acked),
+        at(16, What::Ended { op }),
+        at(17, What::Freed { op, frame }),
+        at(30, What::Left { sessions: 0, rounds: 0, brackets: 0, subscriptions: 0 }),
+    ]);
+    events
+}
+
+/// The good trace with one kind of event replaced by others.
+fn with(is: impl Fn(&What) -> bool, others: Vec<Event>) -> Vec<Event> {
+    let mut events = good();
+    let before = events.len();
+    events.retain(|event| !is(&event.what));
+    assert!(events.len() < before, "nothing was replaced");
+    plus(events, others)
+}
+
+fn plus(mut events: Vec<Event>, more: impl IntoIterator<Item = Event>) -> Vec<Event> {
+    events.extend(more);
+    events.sort_by_key(|event| event.at);
+    events
+}
+
+/// What the named check, and the list of all, find in a trace.
+fn finds(name: &str, events: &[Event]) -> usize {
+    let history = History::of(events, BOUNDS);
+    let (_, one) = ALL.iter().find(|(other, _)| *other == name).unwrap();
+    let found = one(&history);
+    assert!(found.iter().all(|violation| violation.invariant == name));
+    assert_eq!(
+        check(events, BOUNDS).iter().filter(|violation| violation.invariant == name).count(),
+        found.len()
+    );
+    found.len()
+}
+
+#[test]
+fn a_trace_in_which_all_is_well_breaks_nothing() {
+    assert_eq!(check(&good(), BOUNDS), vec![]);
+}
+
+#[test]
+fn no_stale_use_finds_a_use_of_a_freed_frame() {
+    let late = |millis| {
+        with(|what| matches!(what, What::UseEnded { .. }), vec![at(millis, What::UseEnded { span: Span(1) })])
+    };
+    assert_eq!(finds("NoStaleUse", &late(18)), 1);
+    assert_eq!(finds("NoStaleUse", &late(17)), 0);
+    let never = with(|what| matches!(what, What::UseEnded { .. }), vec![]);
+    assert_eq!(finds("NoStaleUse", &never), 1, "a use that does not end");
+}
+
+#[test]
+fn no_free_before_quiesce_finds_a_release_without_a_verdict() {
+    let is_freed = |what: &What| matches!(what, What::Freed { .. });
+    let early = with(is_freed, vec![at(14, What::Freed { op: OP, frame: FRAME })]);
+    assert_eq!(finds("NoFreeBeforeQuiesce", &early), 1);
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let timed_out = with(is_answer, vec![answered(15, Verdict::NotQuiesced, Outcome::Waiting)]);
+    assert_eq!(finds("NoFreeBeforeQuiesce", &timed_out), 1);
+}
+
+#[test]
+fn ack_means_stopped_finds_a_use_that_outlasts_the_ack() {
+    let late =
+        with(|what| matches!(what, What::UseEnded { .. }), vec![at(16, What::UseEnded { span: Span(1) })]);
+    assert_eq!(finds("AckMeansStopped", &late), 1);
+    // Of another page it may.
+    let (life, span, frame) = (LIFE, Span(9), Frame { index: 4, generation: 0 });
+    let other =
+        [at(7, What::UseBegan { life, span, space: 1, page: 1, frame }), at(19, What::UseEnded { span })];
+    assert_eq!(finds("AckMeansStopped", &plus(good(), other)), 0);
+}
+
+#[test]
+fn no_grant_in_window_finds_what_is_installed_between_ack_and_end() {
+    let frame = Frame { index: 5, generation: 0 };
+    // The bracket of a caller that takes its time lasts until 25.
+    let long = |install: u64| {
+        let is_end = |what: &What| matches!(what, What::Ended { .. });
+        let installed = What::Installed { life: LIFE, space: 1, page: 0, frame };
+        with(is_end, vec![at(25, What::Ended { op: OP }), at(install, installed)])
+    };
+    assert_eq!(finds("NoGrantInWindow", &long(20)), 1);
+    assert_eq!(finds("NoGrantInWindow", &long(26)), 0);
+    assert_eq!(finds("NoGrantInWindow", &long(14)), 0, "its notice is on the way");
+}
+
+#[test]
+fn join_covers_finds_a_grant_to_who_joined_meanwhile() {
+    let life = Life(2);
+    let joins = |subscribing: u64| {
+        plus(
+            good(),
+            [
+                at(0, What::Connecting { life, device: 1 }),
+                at(1, What::Opened { life, session: 2 }),
+                at(subscribing, What::Subscribing { life, space: 1 }),
+                at(14, What::Installed { life, space: 1, page: 0, frame: FRAME }),
+            ],
+        )
+    };
+    assert_eq!(finds("JoinCovers", &joins(11)), 1);
+    assert_eq!(finds("JoinCovers", &plus(good(), [])), 0);
+}
+
+#[test]
+fn stable_targets_finds_an_answer_that_names_others() {
+    let mut second = answer(Verdict::Quiesced, Outcome::Acked);
+    let again = |answer: &Answer| plus(good(), [at(15, What::Answered { op: OP, answer: answer.clone() })]);
+    assert_eq!(finds("StableTargets", &again(&second)), 0);
+    second.targets[0].session = 2;
+    assert_eq!(finds("StableTargets", &again(&second)), 1);
+}
+
+#[test]
+fn unsubscribe_barrier_finds_a_notice_after_the_end() {
+    let left = at(8, What::Unsubscribed { life: LIFE, space: 1 });
+    assert_eq!(finds("UnsubscribeBarrier", &plus(good(), [left.clone()])), 1);
+    let again = at(9, What::Subscribing { life: LIFE, space: 1 });
+    assert_eq!(finds("UnsubscribeBarrier", &plus(good(), [left, again])), 0);
+}
+
+#[test]
+fn pairing_finds_a_start_without_an_end_and_one_with_two() {
+    let none = with(|what| matches!(what, What::Ended { .. }), vec![]);
+    assert_eq!(finds("Pairing", &none), 1);
+    assert_eq!(finds("Pairing", &plus(good(), [at(18, What::Ended { op: OP })])), 1);
+}
+
+#[test]
+fn non_block_atomic_finds_a_caller_that_could_not_wait_and_left_something() {
+    let call = |answer: Answer| {
+        let (op, called, pages) = (Op(2), Called::RangeStart, page(0));
+        plus(
+            good(),
+            [
+                at(20, What::Call { op, called, pages, patience: Patience::None }),
+                at(20, What::Answered { op, answer }),
+            ],
+        )
+    };
+    let would_block = Answer { seq: None, ..answer(Verdict::WouldBlock, Outcome::Waiting) };
+    assert_eq!(finds("NonBlockAtomic", &call(would_block.clone())), 0);
+    assert_eq!(finds("NonBlockAtomic", &call(Answer { seq: Some(2), ..would_block })), 1);
+    assert_eq!(finds("NonBlockAtomic", &call(answer(Verdict::Quiesced, Outcome::Acked))), 1, "it waited");
+}
+
+#[test]
+fn contiguity_finds_a_notice_that_was_missed_or_came_twice() {
+    let next = |notice| flush(21, 22, 3, Scope::Pages(page(1)), Some(notice));
+    assert_eq!(finds("Contiguity", &plus(good(), next(2))), 0);
+    assert_eq!(finds("Contiguity", &plus(good(), next(3))), 1);
+    assert_eq!(finds("Contiguity", &plus(good(), next(1))), 1);
+    let everything = flush(20, 20, 4, Scope::Everything, None);
+    assert_eq!(finds("Contiguity", &plus(plus(good(), next(3)), everything)), 0);
+}
+
+#[test]
+fn timeout_is_not_ack_finds_an_ack_that_nobody_gave() {
+    let is_flush = |what: &What| matches!(what, What::FlushBegan { .. } | What::FlushEnded { .. });
+    assert_eq!(finds("TimeoutIsNotAck", &with(is_flush, vec![])), 1);
+    let late = flush(12, 16, 2, Scope::Pages(page(0)), Some(1));
+    assert_eq!(finds("TimeoutIsNotAck", &with(is_flush, late.to_vec())), 1);
+    let elsewhere = flush(12, 13, 2, Scope::Pages(page(5)), Some(1));
+    assert_eq!(finds("TimeoutIsNotAck", &with(is_flush, elsewhere.to_vec())), 1);
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let waiting = with(is_answer, vec![answered(15, Verdict::Quiesced, Outcome::Waiting)]);
+    assert_eq!(finds("TimeoutIsNotAck", &waiting), 1, "a verdict over a target that is waited for");
+    let left = with(is_answer, vec![answered(15, Verdict::Quiesced, Outcome::Left)]);
+    assert_eq!(finds("TimeoutIsNotAck", &left), 1, "it never flushed everything");
+}
+
+#[test]
+fn fence_is_positive_finds_a_fence_within_the_lease() {
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let fenced = with(is_answer, vec![answered(15, Verdict::Quiesced, Outcome::Fenced)]);
+    assert_eq!(finds("FenceIsPositive", &fenced), 1);
+    let over = at(9, What::Lease { life: LIFE, until: Some(Duration::from_millis(15)) });
+    assert_eq!(finds("FenceIsPositive", &plus(fenced, [over])), 0);
+}
+
+#[test]
+fn isolation_finds_an_answer_that_waited_for_others() {
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let late = |millis| with(is_answer, vec![answered(millis, Verdict::Quiesced, Outcome::Acked)]);
+    assert_eq!(finds("Isolation", &late(18)), 1);
+    assert_eq!(finds("Isolation", &late(16)), 0);
+}
+
+#[test]
+fn bounded_resolution_finds_a_round_that_lasts_too_long_or_for_ever() {
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let mut late = answer(Verdict::Quiesced, Outcome::Acked);
+    late.resolved = Some(Duration::from_millis(111));
+    let late = with(is_answer, vec![at(111, What::Answered { op: OP, answer: late })]);
+    assert_eq!(finds("BoundedResolution", &late), 1);
+    let timed_out =
+        vec![answered(15, Verdict::NotQuiesced, Outcome::Waiting), at(200, What::Fault(String::new()))];
+    assert_eq!(finds("BoundedResolution", &with(is_answer, timed_out)), 1, "nobody heard of it again");
+}
+
+#[test]
+fn nothing_is_left_finds_a_session_that_nobody_has() {
+    let is_left = |what: &What| matches!(what, What::Left { .. });
+    let one = What::Left { sessions: 1, rounds: 0, brackets: 0, subscriptions: 0 };
+    assert_eq!(finds("NothingIsLeft", &with(is_left, vec![at(30, one)])), 1);
+    assert_eq!(finds("NothingIsLeft", &with(is_left, vec![])), 1, "nobody looked");
+}

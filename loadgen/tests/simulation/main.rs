@@ -1,0 +1,180 @@
+//! Host agent, source and devices, the real code of all of them, on a simulated network in virtual time.
+//!
+//! ```text
+//!   seed -> plan -> world (turmoil: one machine of the host agent, 2 to 4 of devices) -> trace -> oracle
+//! ```
+//!
+//! Whatever is drawn, is drawn from the seed; the same seed takes the same course. Of a seed that fails
+//! the trace's end is shown, with the command that repeats it. `SHOOTDOWN_SEEDS=0..5000` runs others than
+//! the ones of every day.
+#![allow(missing_docs, unreachable_pub, reason = "a test is read, not linked")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod plan;
+mod faults;
+mod clock;
+mod world;
+mod level;
+mod shared;
+mod agent;
+mod memory;
+mod source;
+mod device;
+mod tlb;
+mod trace;
+mod oracle;
+mod checks;
+mod seeds;
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use crate::oracle::Bounds;
+use crate::plan::{Broken, Plan};
+use crate::trace::{Event, What, fingerprint};
+
+/// The seeds of every day, in four parts: a test is ended when it takes minutes, as all of them may on a
+/// machine that is busy with other things.
+const SEEDS: [Range<u64>; 4] = [0..50, 50..100, 100..150, 150..200];
+
+/// The most seeds until a break must be found, and the ones that repeat a course.
+const TO_FIND: Range<u64> = 0..60;
+const TO_REPEAT: Range<u64> = 0..5;
+
+#[test]
+fn no_invariant_is_broken_whatever_goes_wrong() {
+    let asked_for = seeds::asked_for();
+    let runs = seeds::on_all_cores(asked_for.clone().unwrap_or(SEEDS[0].clone()), |seed| {
+        let run = world::run(Plan::draw(seed, Broken::Nothing));
+        let kinds: BTreeSet<_> = run.events.iter().flat_map(kinds).collect();
+        Some((seeds::failure(&run), kinds))
+    });
+    let failures: Vec<_> = runs.iter().filter_map(|(failure, _)| failure.clone()).collect();
+    assert!(failures.is_empty(), "{}", failures.concat());
+    // A world in which nothing happens breaks nothing.
+    let seen: BTreeSet<_> = runs.iter().flat_map(|(_, kinds)| kinds.iter().map(String::as_str)).collect();
+    let missing: Vec<_> = KINDS.iter().filter(|kind| !seen.contains(**kind)).collect();
+    assert!(asked_for.is_some() || missing.is_empty(), "{missing:?} never happens; there are {seen:?}");
+}
+
+#[test]
+fn further_worlds_break_nothing_either() {
+    further(SEEDS[1].clone());
+}
+
+#[test]
+fn further_worlds_break_nothing_either_2() {
+    further(SEEDS[2].clone());
+}
+
+#[test]
+fn further_worlds_break_nothing_either_3() {
+    further(SEEDS[3].clone());
+}
+
+fn further(seeds: Range<u64>) {
+    // Whoever asks for seeds gets those, once.
+    if seeds::asked_for().is_some() {
+        return;
+    }
+    let failures =
+        seeds::on_all_cores(seeds, |seed| seeds::failure(&world::run(Plan::draw(seed, Broken::Nothing))));
+    assert!(failures.is_empty(), "{}", failures.concat());
+}
+
+#[test]
+fn the_same_seed_takes_the_same_course() {
+    let differ = seeds::on_all_cores(TO_REPEAT, |seed| {
+        let course = || world::run(Plan::draw(seed, Broken::Nothing)).events;
+        let (first, second) = (course(), course());
+        let at = first.iter().zip(&second).position(|(one, other)| one != other);
+        (fingerprint(&first) != fingerprint(&second)).then(|| {
+            let of = |events: &[Event]| at.map(|at| events[at].to_string());
+            format!("seed {seed}: {:?} or {:?}\n", of(&first), of(&second))
+        })
+    });
+    assert!(differ.is_empty(), "{}", differ.concat());
+}
+
+/// What the seeds of every day must have seen.
+const KINDS: &[&str] = &[
+    "Acked",
+    "Left",
+    "Fenced",
+    "Waiting",
+    "Quiesced",
+    "NotQuiesced",
+    "WouldBlock",
+    "Abandoned",
+    "Refused",
+    "Ended",
+    "Unsubscribed",
+    "Everything",
+    "RangeStart",
+    "Page",
+    "ChangePte",
+    "ClearFlushYoung",
+    "ClearYoung",
+    "Release",
+    "replaced",
+    "begin Partition",
+    "begin DeafDevice",
+    "begin MuteDevice",
+    "begin Hold",
+    "begin Crash",
+    "begin PowerLoss",
+    "begin Hang",
+    "begin Loss",
+];
+
+/// Words for what an event shows.
+fn kinds(event: &Event) -> Vec<String> {
+    let first_word = |text: String| text.split([' ', '(', '{']).next().unwrap().to_owned();
+    match &event.what {
+        What::Answered { answer, .. } => {
+            let outcomes = answer.targets.iter().map(|target| format!("{:?}", target.outcome));
+            outcomes.chain([format!("{:?}", answer.verdict)]).collect()
+        }
+        What::Call { called, .. } => vec![first_word(format!("{called:?}"))],
+        What::FlushBegan { scope, .. } => vec![first_word(format!("{scope:?}"))],
+        What::Fault(text) => vec![text.split('(').next().unwrap().replace(" of", "")],
+        What::Mapped { frame, .. } if frame.generation > 0 => vec!["replaced".to_owned()],
+        other => vec![first_word(format!("{other:?}"))],
+    }
+}
+
+#[test]
+fn a_device_whose_clock_stands_still_is_found() {
+    assert_eq!(found(Broken::DeviceClock, "NoStaleUse"), Ok(()));
+}
+
+#[test]
+fn clocks_that_drift_further_than_was_agreed_are_found() {
+    assert_eq!(found(Broken::DriftBeyondBound, "FenceIsPositive"), Ok(()));
+}
+
+#[test]
+fn a_source_that_takes_a_time_out_for_an_ack_is_found() {
+    assert_eq!(found(Broken::ReleaseOnTimeout, "NoFreeBeforeQuiesce"), Ok(()));
+    assert_eq!(found(Broken::ReleaseOnTimeout, "NoStaleUse"), Ok(()));
+}
+
+#[test]
+fn a_device_that_acks_before_its_uses_have_ended_is_found() {
+    assert_eq!(found(Broken::AckBeforeUsesEnded, "AckMeansStopped"), Ok(()));
+    assert_eq!(found(Broken::AckBeforeUsesEnded, "NoStaleUse"), Ok(()));
+}
+
+/// Whether the oracle finds that the invariant is broken, in one of the seeds.
+fn found(broken: Broken, invariant: &str) -> Result<(), String> {
+    let mut others = BTreeSet::new();
+    for seed in TO_FIND {
+        let run = world::run(Plan::draw(seed, broken));
+        let violations = oracle::check(&run.events, Bounds::of(&run.plan));
+        if violations.iter().any(|violation| violation.invariant == invariant) {
+            return Ok(());
+        }
+        others.extend(violations.into_iter().map(|violation| violation.invariant));
+    }
+    Err(format!("{invariant} holds in all of {TO_FIND:?}; found: {others:?}"))
+}

@@ -1,0 +1,171 @@
+//! The source's memory: a few pages over fewer frames, so that what is freed is used again at once.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use rand::RngExt as _;
+use rand::rngs::StdRng;
+use shootdown_core::{Access, AddrRange, AddressSpaceId, PageSize, Translation};
+use shootdown_server::source::{FaultError, Translate};
+
+use crate::plan::millis;
+use crate::shared::Shared;
+use crate::trace::{Frame, Op, Trace, What};
+
+/// Pages of an address space.
+pub const PAGES: u64 = 8;
+/// Frames of the machine: less than the pages of two address spaces.
+pub const FRAMES: usize = 12;
+const PAGE: u64 = PageSize::BASE.bytes();
+
+/// Page tables and frames. The tables outlive the host agent: they belong to the program that it serves.
+#[derive(Debug)]
+pub struct Memory {
+    /// How often each frame was freed.
+    generations: Vec<u64>,
+    /// The last that was freed is the first to be used again.
+    free: Vec<u64>,
+    spaces: BTreeMap<u64, Space>,
+}
+
+#[derive(Debug, Default)]
+struct Space {
+    table: [Option<Frame>; PAGES as usize],
+    /// Frames that are in no page table any more, and whose invalidation was refused: devices may have
+    /// them until the address space has come to its end.
+    orphans: Vec<Frame>,
+    released: Option<Op>,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { generations: vec![0; FRAMES], free: (0..FRAMES as u64).collect(), spaces: BTreeMap::new() }
+    }
+}
+
+impl Memory {
+    pub fn add_space(&mut self, space: u64) {
+        self.spaces.insert(space, Space::default());
+    }
+
+    /// The address spaces that were not released.
+    pub fn live_spaces(&self) -> Vec<u64> {
+        let live = self.spaces.iter().filter(|(_, space)| space.released.is_none());
+        live.map(|(id, _)| *id).collect()
+    }
+
+    /// The frame of a page, a fresh one if it has none.
+    fn frame_of(&mut self, space: u64, page: u64, trace: &Trace) -> Result<Frame, FaultError> {
+        let unmapped = FaultError::Unmapped { address: page * PAGE };
+        let found = self.spaces.get(&space).ok_or_else(|| unmapped.clone())?;
+        if page >= PAGES || found.released.is_some() {
+            return Err(unmapped);
+        }
+        match found.table[page as usize] {
+            Some(frame) => Ok(frame),
+            None => self.replace(space, page, trace).map(|(fresh, _)| fresh),
+        }
+    }
+
+    /// Gives a page a fresh frame; returns it, and the one that was there.
+    pub fn replace(
+        &mut self,
+        space: u64,
+        page: u64,
+        trace: &Trace,
+    ) -> Result<(Frame, Option<Frame>), FaultError> {
+        let index = self.free.pop().ok_or(FaultError::OutOfMemory { frames: FRAMES })?;
+        let fresh = Frame { index, generation: self.generations[index as usize] };
+        trace.record(What::Mapped { space, page, frame: fresh });
+        let table = &mut self.spaces.get_mut(&space).expect("the caller has looked it up").table;
+        Ok((fresh, table[page as usize].replace(fresh)))
+    }
+
+    /// Clears the entries of pages.
+    pub fn take(&mut self, space: u64, pages: Range<u64>) -> Vec<Frame> {
+        let Some(space) = self.spaces.get_mut(&space) else { return Vec::new() };
+        pages.filter_map(|page| space.table[page as usize].take()).collect()
+    }
+
+    /// The frames may be used again.
+    pub fn free(&mut self, op: Op, frames: Vec<Frame>, trace: &Trace) {
+        for frame in frames {
+            let generation = &mut self.generations[frame.index as usize];
+            assert_eq!(*generation, frame.generation, "a frame is freed once");
+            *generation += 1;
+            self.free.push(frame.index);
+            trace.record(What::Freed { op, frame });
+        }
+    }
+
+    /// The frames wait for the end of their address space, if it has not come.
+    pub fn orphan(&mut self, space: u64, frames: Vec<Frame>, trace: &Trace) {
+        let found = self.spaces.get_mut(&space).expect("address spaces are not forgotten");
+        match found.released {
+            Some(op) => self.free(op, frames, trace),
+            None => found.orphans.extend(frames),
+        }
+    }
+
+    /// No device has anything of the address space any more.
+    pub fn release(&mut self, op: Op, space: u64, trace: &Trace) {
+        let mut frames = self.take(space, 0..PAGES);
+        let found = self.spaces.get_mut(&space).expect("address spaces are not forgotten");
+        frames.append(&mut found.orphans);
+        found.released = Some(op);
+        self.free(op, frames, trace);
+    }
+}
+
+/// Answers the host agent's questions from the page tables.
+pub struct Tables {
+    pub shared: Arc<Shared>,
+    pub rng: Mutex<StdRng>,
+}
+
+impl Translate for Tables {
+    fn source(&self) -> &'static str {
+        "simulation"
+    }
+
+    fn fault(
+        &self,
+        address_space: AddressSpaceId,
+        range: AddrRange,
+        access: Access,
+    ) -> BoxFuture<'_, Result<Vec<Translation>, FaultError>> {
+        let pages = range.pages(PageSize::BASE);
+        let translate = |address: u64| {
+            let page = address / PAGE;
+            let frame = self.shared.memory.lock().frame_of(address_space.get(), page, &self.shared.trace)?;
+            Ok(Translation { range: range_of(page..page + 1), frame: frame.number(), access })
+        };
+        let translations: Result<Vec<_>, _> = pages.map(translate).collect();
+        // What was right when it was looked up may be wrong when it is answered.
+        let late = millis(self.rng.lock().random_range(0..6_u64).saturating_sub(2));
+        Box::pin(async move {
+            if late > Duration::ZERO {
+                tokio::time::sleep(late).await;
+            }
+            translations
+        })
+    }
+
+    fn bytes(&self, translations: &[Translation]) -> Result<Bytes, FaultError> {
+        Ok(Bytes::from(vec![0; translations.len() * PAGE as usize]))
+    }
+}
+
+pub fn range_of(pages: Range<u64>) -> AddrRange {
+    AddrRange::new(pages.start * PAGE, pages.end * PAGE).unwrap()
+}
+
+/// The pages that a range covers.
+pub fn pages_of(range: AddrRange) -> Range<u64> {
+    range.start() / PAGE..(range.last() / PAGE).saturating_add(1).min(PAGES)
+}

@@ -1,0 +1,240 @@
+//! The oracle: reads a trace and says which invariant does not hold in it. It knows nothing of how the code
+//! does its work: only what was called, answered, granted, used, flushed and freed, and when.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use crate::checks;
+use crate::plan::Plan;
+use crate::trace::{
+    Answer, Called, Event, Frame, Life, Op, Pages, Patience, Scope, Span, Target, Verdict, What,
+};
+
+/// Something that must not happen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    pub invariant: &'static str,
+    pub at: Duration,
+    pub what: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {:.3} ms: {}", self.invariant, self.at.as_secs_f64() * 1e3, self.what)
+    }
+}
+
+/// What a check needs to know of the world beside its trace.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// How long a round may take.
+    pub resolution: Duration,
+    /// By how much longer, for each round that waits for its turn behind a full window.
+    pub turn: Duration,
+    /// The smallest window of a device.
+    pub window: usize,
+}
+
+impl Bounds {
+    pub fn of(plan: &Plan) -> Self {
+        let windows = plan.devices.iter().map(|device| device.window.min(plan.window));
+        let window = windows.min().unwrap_or(1) as usize;
+        Self { resolution: plan.resolution_bound(), turn: plan.ack_timeout, window }
+    }
+}
+
+/// All that does not hold.
+pub fn check(events: &[Event], bounds: Bounds) -> Vec<Violation> {
+    let history = History::of(events, bounds);
+    checks::ALL.iter().flat_map(|(_, check)| check(&history)).collect()
+}
+
+/// A trace, put together.
+#[derive(Debug)]
+pub struct History {
+    pub bounds: Bounds,
+    pub rounds: BTreeMap<Op, Round>,
+    pub lives: BTreeMap<Life, LifeOf>,
+    pub flushes: BTreeMap<Span, Flush>,
+    pub uses: BTreeMap<Span, Use>,
+    pub installs: Vec<Install>,
+    /// When each allocation of a frame was freed, and on the strength of what.
+    pub freed: BTreeMap<Frame, (Duration, Op)>,
+    pub left: Option<(Duration, What)>,
+    pub end: Duration,
+}
+
+/// A call of the source, and all that became of it.
+#[derive(Debug)]
+pub struct Round {
+    pub op: Op,
+    pub at: Duration,
+    pub called: Called,
+    pub pages: Pages,
+    pub patience: Patience,
+    pub answers: Vec<(Duration, Answer)>,
+    /// When its caller ended the bracket.
+    pub ended: Vec<Duration>,
+    pub refused: Vec<(Duration, String)>,
+    pub abandoned: Vec<Duration>,
+}
+
+/// A device's session.
+#[derive(Debug, Default)]
+pub struct LifeOf {
+    pub device: usize,
+    pub session: Option<u64>,
+    pub leases: Vec<(Duration, Option<Duration>)>,
+    /// By address space: when the device began to ask for a subscription, and when one had ended.
+    pub subscribing: Vec<(Duration, u64)>,
+    pub unsubscribed: Vec<(Duration, u64)>,
+}
+
+#[derive(Debug)]
+pub struct Flush {
+    pub life: Life,
+    pub scope: Scope,
+    pub notice: Option<u64>,
+    pub seq: Option<u64>,
+    pub began: Duration,
+    pub ended: Option<Duration>,
+}
+
+#[derive(Debug)]
+pub struct Use {
+    pub life: Life,
+    pub space: u64,
+    pub page: u64,
+    pub frame: Frame,
+    pub began: Duration,
+    /// Of a use that is not over: the end of the trace.
+    pub ended: Duration,
+}
+
+#[derive(Debug)]
+pub struct Install {
+    pub at: Duration,
+    pub life: Life,
+    pub space: u64,
+    pub page: u64,
+    pub frame: Frame,
+}
+
+impl History {
+    pub fn of(events: &[Event], bounds: Bounds) -> Self {
+        let mut history = Self {
+            bounds,
+            rounds: BTreeMap::new(),
+            lives: BTreeMap::new(),
+            flushes: BTreeMap::new(),
+            uses: BTreeMap::new(),
+            installs: Vec::new(),
+            freed: BTreeMap::new(),
+            left: None,
+            end: events.iter().map(|event| event.at).max().unwrap_or_default(),
+        };
+        events.iter().for_each(|event| history.add(event));
+        history
+    }
+
+    fn add(&mut self, Event { at, what }: &Event) {
+        let at = *at;
+        match what.clone() {
+            What::Mapped { .. } | What::Subscribed { .. } | What::Closed { .. } | What::Fault(_) => {}
+            What::Call { op, called, pages, patience } => {
+                let (answers, ended) = (Vec::new(), Vec::new());
+                let (refused, abandoned) = (Vec::new(), Vec::new());
+                let round = Round { op, at, called, pages, patience, answers, ended, refused, abandoned };
+                self.rounds.insert(op, round);
+            }
+            What::Answered { op, answer } => self.round(op).answers.push((at, answer)),
+            What::Refused { op, error } => self.round(op).refused.push((at, error)),
+            What::Ended { op } => self.round(op).ended.push(at),
+            What::Abandoned { op } => self.round(op).abandoned.push(at),
+            What::Freed { op, frame } => drop(self.freed.insert(frame, (at, op))),
+            What::Connecting { life, device } => self.life(life).device = device,
+            What::Opened { life, session } => self.life(life).session = Some(session),
+            What::Lease { life, until } => self.life(life).leases.push((at, until)),
+            What::Subscribing { life, space } => self.life(life).subscribing.push((at, space)),
+            What::Unsubscribed { life, space } => self.life(life).unsubscribed.push((at, space)),
+            What::Installed { life, space, page, frame } => {
+                self.installs.push(Install { at, life, space, page, frame });
+            }
+            What::FlushBegan { life, span, scope, notice, seq } => {
+                self.flushes.insert(span, Flush { life, scope, notice, seq, began: at, ended: None });
+            }
+            What::FlushEnded { span } => {
+                self.flushes.get_mut(&span).expect("a flush begins first").ended = Some(at);
+            }
+            What::UseBegan { life, span, space, page, frame } => {
+                self.uses.insert(span, Use { life, space, page, frame, began: at, ended: self.end });
+            }
+            What::UseEnded { span } => self.uses.get_mut(&span).expect("a use begins first").ended = at,
+            left @ What::Left { .. } => self.left = Some((at, left)),
+        }
+    }
+
+    fn round(&mut self, op: Op) -> &mut Round {
+        self.rounds.get_mut(&op).expect("a call comes before what becomes of it")
+    }
+
+    fn life(&mut self, life: Life) -> &mut LifeOf {
+        self.lives.entry(life).or_default()
+    }
+
+    /// The life that a session is of.
+    pub fn life_of(&self, session: u64) -> Option<Life> {
+        self.lives.iter().find(|(_, life)| life.session == Some(session)).map(|(life, _)| *life)
+    }
+
+    /// Each target of each round with the life of its session, once it is resolved.
+    pub fn resolved(&self) -> impl Iterator<Item = (&Round, &Target, Duration, Option<Life>)> {
+        let targets = self.rounds.values().flat_map(|round| {
+            round.last_targets().iter().filter_map(move |target| Some((round, target, target.resolved?)))
+        });
+        targets.map(|(round, target, at)| (round, target, at, self.life_of(target.session)))
+    }
+}
+
+impl Round {
+    /// What the last answer says of each target. Once its bracket has ended, an answer names none.
+    pub fn last_targets(&self) -> &[Target] {
+        let named = self.answers.iter().rev().map(|(_, answer)| &answer.targets);
+        named.into_iter().find(|targets| !targets.is_empty()).map_or(&[], Vec::as_slice)
+    }
+
+    /// When the answer came that the pages may be released, and when the last target had stopped.
+    pub fn quiesced(&self) -> Option<(Duration, Duration)> {
+        let quiesced = |(_, answer): &&(Duration, Answer)| answer.verdict == Verdict::Quiesced;
+        let (at, answer) = self.answers.iter().find(quiesced)?;
+        Some((*at, answer.resolved.unwrap_or(*at)))
+    }
+
+    /// When the notices were in the outboxes.
+    pub fn dispatched(&self) -> Option<Duration> {
+        let (_, first) = self.answers.first()?;
+        (first.verdict != Verdict::WouldBlock).then_some(first.dispatched)
+    }
+
+    /// Until when nothing that overlaps may be granted; `None`: it is not known.
+    pub fn window_ends(&self) -> Option<Duration> {
+        let (_, resolved) = self.quiesced()?;
+        match self.called {
+            Called::RangeStart => Some(self.ended.first()?.max(&resolved).to_owned()),
+            Called::Page | Called::ChangePte(_) | Called::ClearFlushYoung | Called::ClearYoung => {
+                Some(resolved)
+            }
+            Called::Release => Some(Duration::MAX),
+        }
+    }
+
+    /// Whether a device stops using the pages for it.
+    pub fn withdraws(&self) -> bool {
+        self.called != Called::ClearYoung
+    }
+
+    pub fn installs(&self, frame: Frame) -> bool {
+        self.called == Called::ChangePte(frame)
+    }
+}

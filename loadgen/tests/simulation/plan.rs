@@ -1,0 +1,170 @@
+//! What a seed stands for: the machines, their clocks, the network, and what goes wrong when.
+
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use shootdown_core::lease::LeaseTerms;
+
+use crate::clock::SkewedClock;
+use crate::faults::{self, Planned};
+
+/// How long things go wrong.
+pub const STORM: Duration = Duration::from_millis(700);
+
+/// Everything that is drawn from a seed.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub seed: u64,
+    pub host_clock: SkewedClock,
+    pub terms: LeaseTerms,
+    pub ack_timeout: Duration,
+    pub window: u32,
+    pub max_pending: usize,
+    pub latency: Latency,
+    pub devices: Vec<DevicePlan>,
+    pub faults: Vec<Planned>,
+    /// The mean pause between two calls of the source.
+    pub call_every: Duration,
+    /// What is broken on purpose.
+    pub broken: Broken,
+}
+
+/// The time that a message takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Latency {
+    pub least: Duration,
+    pub most: Duration,
+    /// The rate of its exponential distribution: the higher, the more messages are near the least.
+    pub curve: f64,
+}
+
+/// A device.
+#[derive(Debug, Clone)]
+pub struct DevicePlan {
+    pub index: usize,
+    pub clock: SkewedClock,
+    pub table: Table,
+    pub change_pte: bool,
+    pub window: u32,
+    pub parallel_flushes: usize,
+    /// A flush takes up to so long; zero: it is ready at once.
+    pub flush: Duration,
+    /// A use takes up to so long, which the margin of the lease must cover.
+    pub most_use: Duration,
+    pub workers: usize,
+}
+
+/// Where a device keeps its translations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    /// In the SDK's, by [`shootdown_client::Mapping`].
+    Sdk,
+    /// In its own, filled by [`shootdown_client::CommitTicket::commit_raw`].
+    Own,
+}
+
+/// What is broken on purpose: the oracle must notice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Broken {
+    Nothing,
+    /// The devices' clocks stand still, so that no lease ever runs out there.
+    DeviceClock,
+    /// The source frees its pages whatever the verdict is.
+    ReleaseOnTimeout,
+    /// A flush does not wait for the uses that are going on.
+    AckBeforeUsesEnded,
+    /// The devices' clocks are further from real time than both sides were told.
+    DriftBeyondBound,
+}
+
+impl Plan {
+    pub fn draw(seed: u64, broken: Broken) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let drift_ppm = [600, 20_000, 100_000][rng.random_range(0..3)];
+        let clock = |rng: &mut StdRng| SkewedClock {
+            // From "just booted" to "up for months".
+            origin: rng.random_range(0..1_u64 << 53),
+            ppm: rng.random_range(-i64::from(drift_ppm)..=i64::from(drift_ppm)),
+        };
+        let terms = LeaseTerms {
+            duration: millis(rng.random_range(80..260)),
+            drift_ppm,
+            margin: millis(rng.random_range(6..14)),
+        };
+        let host_clock = clock(&mut rng);
+        let ack_timeout = millis(rng.random_range(20..70));
+        let least = millis(rng.random_range(1..4));
+        let latency = Latency {
+            least,
+            most: least + millis([2, 8, 25][rng.random_range(0..3)]),
+            curve: rng.random_range(2..10).into(),
+        };
+        let count = rng.random_range(2..=4);
+        let devices = (0..count).map(|index| {
+            let clock = match broken {
+                Broken::DriftBeyondBound => SkewedClock { ppm: -600_000, ..clock(&mut rng) },
+                _ => clock(&mut rng),
+            };
+            DevicePlan::draw(index, clock, &terms, ack_timeout, &mut rng)
+        });
+        let devices: Vec<_> = devices.collect();
+        Self {
+            seed,
+            host_clock,
+            terms,
+            ack_timeout,
+            window: [2, 8, 64][rng.random_range(0..3)],
+            max_pending: [2, 16, 1024][rng.random_range(0..3)],
+            latency,
+            faults: faults::draw(devices.len(), &terms, &mut rng),
+            devices,
+            call_every: millis(rng.random_range(4..20)),
+            broken,
+        }
+    }
+
+    /// How long a round may take: its notice is overdue after T_ack, and the lease, which is not renewed
+    /// from then on, lasts as long as the host agent counts it. The rest is for the watchdog, which looks
+    /// eight times in the shorter of the two. For as many windows as its outbox may hold, because what is
+    /// pending behind a full window is not overdue before it could be sent.
+    pub fn resolution_bound(&self) -> Duration {
+        let lease = self.terms.host_duration();
+        let tick = self.ack_timeout.min(lease) / 8 + millis(7);
+        self.ack_timeout + lease + tick
+    }
+}
+
+impl DevicePlan {
+    fn draw(
+        index: usize,
+        clock: SkewedClock,
+        terms: &LeaseTerms,
+        ack_timeout: Duration,
+        rng: &mut StdRng,
+    ) -> Self {
+        let flush = match rng.random_range(0..4) {
+            0 => Duration::ZERO,
+            1 => millis(3),
+            2 => millis(10),
+            // Slower than is expected of it now and then.
+            _ => ack_timeout + ack_timeout / 2,
+        };
+        Self {
+            index,
+            clock,
+            table: if rng.random_bool(0.5) { Table::Sdk } else { Table::Own },
+            change_pte: rng.random_bool(0.5),
+            window: [1, 4, 1024][rng.random_range(0..3)],
+            parallel_flushes: [1, 4, 64][rng.random_range(0..3)],
+            flush,
+            // Less than the margin on a clock that is off by a tenth, with two ticks to spare.
+            most_use: (terms.margin * 4 / 5).saturating_sub(millis(3)).max(millis(1)),
+            workers: rng.random_range(1..4),
+        }
+    }
+}
+
+pub const fn millis(count: u64) -> Duration {
+    Duration::from_millis(count)
+}

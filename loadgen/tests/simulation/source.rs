@@ -1,0 +1,296 @@
+//! The source: calls the notifier as `mm/` does, and frees what it may.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rand::RngExt as _;
+use rand::rngs::StdRng;
+use shootdown_core::{AddressSpaceId, Cause, Moment, Seq, Translation};
+use shootdown_server::Host;
+use shootdown_server::source::{
+    Invalidation, Notifier as _, NotifyError, Outcome as Became, RoundResult, Verdict as Said, Wait,
+};
+use tokio::task::JoinSet;
+
+use crate::memory::{PAGES, Tables, range_of};
+use crate::plan::{Broken, millis};
+use crate::shared::{Shared, Stage};
+use crate::trace::{Answer, Called, Frame, Op, Outcome, Pages, Patience, Target, Verdict, What};
+
+/// Address spaces at a time.
+const SPACES: usize = 2;
+
+/// Calls of the source in flight at a time.
+const MOST_CALLS: usize = 12;
+
+#[derive(Clone)]
+pub struct Source {
+    shared: Arc<Shared>,
+    host: Host,
+    rng: Arc<Mutex<StdRng>>,
+}
+
+impl Source {
+    pub fn new(shared: Arc<Shared>, host: Host) -> Self {
+        let rng = Arc::new(Mutex::new(shared.rng(1)));
+        Self { shared, host, rng }
+    }
+
+    /// Calls until the storm is over, and returns when every call has come to its end.
+    pub async fn run(self) {
+        for _ in 0..SPACES {
+            self.register();
+        }
+        let mut calls = JoinSet::new();
+        while !self.shared.is_past(Stage::Storm) {
+            let pause = self.draw(0..self.shared.plan.call_every.as_millis() as u64 * 2);
+            tokio::time::sleep(millis(pause)).await;
+            while let Some(ended) = calls.try_join_next() {
+                ended.expect("a call does not panic");
+            }
+            if calls.len() < MOST_CALLS {
+                calls.spawn(self.clone().call());
+            }
+        }
+        while let Some(ended) = calls.join_next().await {
+            ended.expect("a call does not panic");
+        }
+    }
+
+    fn register(&self) {
+        let tables = Tables { shared: Arc::clone(&self.shared), rng: Mutex::new(self.shared.rng(2)) };
+        let id = self.host.register("simulated", Arc::new(tables)).expect("there is room for it");
+        self.shared.memory.lock().add_space(id.get());
+    }
+
+    fn draw(&self, range: Range<u64>) -> u64 {
+        if range.is_empty() { range.start } else { self.rng.lock().random_range(range) }
+    }
+
+    /// One call, drawn at random.
+    async fn call(self) {
+        let spaces = self.shared.memory.lock().live_spaces();
+        let Some(space) = spaces.get(self.draw(0..spaces.len() as u64) as usize).copied() else { return };
+        let page = self.draw(0..PAGES);
+        let end = self.draw(page + 1..PAGES + 1);
+        let wait = match self.draw(0..6) {
+            0 => Wait::AtMost(millis(self.draw(0..self.shared.plan.ack_timeout.as_millis() as u64))),
+            1 => Wait::AtMost(self.shared.plan.ack_timeout * 2),
+            _ => Wait::ForTargets,
+        };
+        match self.draw(0..40) {
+            0..14 => self.unmap_page(space, page, wait).await,
+            14..24 => self.unmap_range(space, page..end, wait).await,
+            24..29 => self.change_pte(space, page, wait).await,
+            29..32 => self.young(space, page..end, Called::ClearFlushYoung, wait).await,
+            32..34 => self.young(space, page..end, Called::ClearYoung, wait).await,
+            34..36 => self.try_range(space, page..end).await,
+            36..39 => self.abandon(space, page).await,
+            _ => self.release(space).await,
+        }
+    }
+
+    /// `try_to_unmap`: the entry is cleared, then the devices are told, then the frame is freed.
+    async fn unmap_page(&self, space: u64, page: u64, wait: Wait) {
+        let frames = self.shared.memory.lock().take(space, page..page + 1);
+        let op = self.begin(space, page..page + 1, Called::Page, wait);
+        let told = self.host.invalidate_page(id(space), page << 12, Cause::Unmap, wait).await;
+        self.free_when_told(op, space, told, frames).await;
+    }
+
+    /// `unmap_region`: the entries are cleared inside of the bracket.
+    async fn unmap_range(&self, space: u64, pages: Range<u64>, wait: Wait) {
+        let op = self.begin(space, pages.clone(), Called::RangeStart, wait);
+        let invalidation = invalidation(space, pages.clone(), wait);
+        let Ok(started) = self.note(op, self.host.invalidate_range_start(invalidation).await) else { return };
+        let seq = started.seq.expect("a round that waits has a sequence");
+        if started.is_quiesced() || self.draw(0..2) == 0 {
+            let quiesced = self.wait_on(op, space, started).await;
+            let frames = self.shared.memory.lock().take(space, pages);
+            tokio::time::sleep(millis(self.draw(0..4))).await;
+            self.end(op, space, seq);
+            self.free_if(quiesced, op, space, frames);
+        } else {
+            // The caller does not wait any longer; what it unmapped stays parked.
+            let frames = self.shared.memory.lock().take(space, pages);
+            self.end(op, space, seq);
+            self.free_when_told(op, space, Ok(started), frames).await;
+        }
+    }
+
+    /// A caller that must not sleep: with a device in its way nothing happens.
+    async fn try_range(&self, space: u64, pages: Range<u64>) {
+        let op = self.begin(space, pages.clone(), Called::RangeStart, Wait::NotAtAll);
+        let invalidation = invalidation(space, pages.clone(), Wait::NotAtAll);
+        let Ok(started) = self.note(op, self.host.invalidate_range_start(invalidation).await) else { return };
+        if started.verdict == Said::WouldBlock {
+            return;
+        }
+        let frames = self.shared.memory.lock().take(space, pages);
+        tokio::time::sleep(millis(self.draw(0..4))).await;
+        self.end(op, space, started.seq.expect("it was not refused"));
+        self.free_if(started.is_quiesced(), op, space, frames);
+    }
+
+    /// `replace_page`, as KSM does it.
+    async fn change_pte(&self, space: u64, page: u64, wait: Wait) {
+        let replaced = self.shared.memory.lock().replace(space, page, &self.shared.trace);
+        let Ok((fresh, old)) = replaced else { return };
+        let op = self.begin(space, page..page + 1, Called::ChangePte(fresh), wait);
+        let access = shootdown_core::Access::Write;
+        let translation = Translation { range: range_of(page..page + 1), frame: fresh.number(), access };
+        let told = self.host.change_pte(id(space), translation, wait).await;
+        self.free_when_told(op, space, told, old.into_iter().collect()).await;
+    }
+
+    async fn young(&self, space: u64, pages: Range<u64>, called: Called, wait: Wait) {
+        let op = self.begin(space, pages.clone(), called, wait);
+        let range = range_of(pages);
+        let told = match called {
+            Called::ClearFlushYoung => self.host.clear_flush_young(id(space), range, wait).await,
+            _ => self.host.clear_young(id(space), range, wait).await,
+        };
+        self.free_when_told(op, space, told, Vec::new()).await;
+    }
+
+    /// A caller is killed while it waits. The pages are unmapped, so somebody else has to ask again.
+    async fn abandon(&self, space: u64, page: u64) {
+        let frames = self.shared.memory.lock().take(space, page..page + 1);
+        let patience = millis(self.draw(0..20));
+        let op = self.begin(space, page..page + 1, Called::RangeStart, Wait::ForTargets);
+        let start = self.host.invalidate_range_start(invalidation(space, page..page + 1, Wait::ForTargets));
+        match tokio::time::timeout(patience, start).await {
+            Ok(started) => {
+                if let Some(seq) = started.as_ref().ok().and_then(|result| result.seq) {
+                    self.end(op, space, seq);
+                }
+                self.free_when_told(op, space, started, frames).await;
+            }
+            Err(_) => {
+                self.shared.trace.record(What::Abandoned { op });
+                let op = self.begin(space, page..page + 1, Called::Page, Wait::ForTargets);
+                let told =
+                    self.host.invalidate_page(id(space), page << 12, Cause::Unmap, Wait::ForTargets).await;
+                self.free_when_told(op, space, told, frames).await;
+            }
+        }
+    }
+
+    /// `exit_mmap`: the release comes first, then everything is unmapped.
+    async fn release(&self, space: u64) {
+        let op = self.begin(space, 0..PAGES, Called::Release, Wait::ForTargets);
+        if let Ok(result) = self.note(op, self.host.release(id(space)).await)
+            && result.is_quiesced()
+        {
+            self.shared.memory.lock().release(op, space, &self.shared.trace);
+            self.register();
+        }
+    }
+
+    fn begin(&self, space: u64, pages: Range<u64>, called: Called, wait: Wait) -> Op {
+        let op = self.shared.trace.next_op();
+        let patience = match wait {
+            Wait::ForTargets => Patience::Unlimited,
+            Wait::AtMost(limit) => Patience::AtMost(limit),
+            Wait::NotAtAll => Patience::None,
+        };
+        self.shared.trace.record(What::Call { op, called, pages: Pages { space, pages }, patience });
+        op
+    }
+
+    fn note(&self, op: Op, told: Result<RoundResult, NotifyError>) -> Result<RoundResult, NotifyError> {
+        match &told {
+            Ok(result) => self.shared.trace.record(What::Answered { op, answer: self.answer(result) }),
+            Err(error) => self.shared.trace.record(What::Refused { op, error: error.to_string() }),
+        }
+        told
+    }
+
+    fn end(&self, op: Op, space: u64, seq: Seq) {
+        match self.host.invalidate_range_end(id(space), seq) {
+            // Its address space came to its end meanwhile, and its brackets with it.
+            Ok(()) | Err(NotifyError::AddressSpaceUnknown(_)) => self.shared.trace.record(What::Ended { op }),
+            Err(error) => self.shared.trace.record(What::Refused { op, error: error.to_string() }),
+        }
+    }
+
+    async fn free_when_told(
+        &self,
+        op: Op,
+        space: u64,
+        told: Result<RoundResult, NotifyError>,
+        frames: Vec<Frame>,
+    ) {
+        let quiesced = match self.note(op, told) {
+            Ok(result) => self.wait_on(op, space, result).await,
+            Err(_) => false,
+        };
+        self.free_if(quiesced, op, space, frames);
+    }
+
+    /// Whether the round is quiesced, after as long as it takes. `false`: its address space was released.
+    async fn wait_on(&self, op: Op, space: u64, mut result: RoundResult) -> bool {
+        while !result.is_quiesced() {
+            if self.shared.plan.broken == Broken::ReleaseOnTimeout {
+                return true;
+            }
+            let seq = result.seq.expect("a round that waits has a sequence");
+            match self.note(op, self.host.await_round(id(space), seq, Wait::ForTargets).await) {
+                Ok(later) => result = later,
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    fn free_if(&self, quiesced: bool, op: Op, space: u64, frames: Vec<Frame>) {
+        let mut memory = self.shared.memory.lock();
+        if quiesced {
+            memory.free(op, frames, &self.shared.trace);
+        } else {
+            memory.orphan(space, frames, &self.shared.trace);
+        }
+    }
+
+    fn answer(&self, result: &RoundResult) -> Answer {
+        let when = |moment: Moment| -> Duration { self.shared.plan.host_clock.when(moment) };
+        let target = |report: &shootdown_server::source::TargetReport| Target {
+            session: report.session.get(),
+            outcome: match report.outcome {
+                Became::Waiting => Outcome::Waiting,
+                Became::Acked => Outcome::Acked,
+                Became::Left => Outcome::Left,
+                Became::Fenced => Outcome::Fenced,
+            },
+            resolved: report.resolved_at.map(when),
+        };
+        Answer {
+            verdict: match result.verdict {
+                Said::Quiesced => Verdict::Quiesced,
+                Said::NotQuiesced => Verdict::NotQuiesced,
+                Said::WouldBlock => Verdict::WouldBlock,
+            },
+            seq: result.seq.map(Seq::get),
+            targets: result.targets.iter().map(target).collect(),
+            dispatched: when(result.times.dispatched),
+            resolved: result.times.resolved.map(when),
+        }
+    }
+}
+
+fn id(space: u64) -> AddressSpaceId {
+    AddressSpaceId::new(space).expect("it was given out")
+}
+
+fn invalidation(space: u64, pages: Range<u64>, wait: Wait) -> Invalidation {
+    Invalidation {
+        address_space: id(space),
+        range: range_of(pages),
+        cause: Cause::Unmap,
+        owner: None,
+        wait,
+        resident_pages: None,
+    }
+}

@@ -1,0 +1,205 @@
+//! A device's TLB: what it holds by itself, what is going on through it, and how long a flush takes.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use shootdown_client::{CommitTicket, DeviceTlb, FlushAllCause, Flushed, Gate, Invalidation, Mapping, Young};
+use tokio::sync::Notify;
+
+use crate::memory::pages_of;
+use crate::plan::{Broken, DevicePlan, Table};
+use crate::shared::Shared;
+use crate::trace::{Frame, Life, Pages, Scope, Span, What};
+
+/// One life's TLB: a session has it from Hello until everything is flushed.
+pub struct SimTlb {
+    shared: Arc<Shared>,
+    life: Life,
+    plan: DevicePlan,
+    table: Mutex<Own>,
+    use_ended: Notify,
+    rng: Mutex<StdRng>,
+    /// What its workers may fault.
+    pub subscribed: Mutex<Vec<u64>>,
+    /// Translations that came by `change_pte`.
+    pub replacements: Mutex<Vec<Mapping>>,
+}
+
+/// A table of the device's own, and the uses through it.
+#[derive(Debug, Default)]
+struct Own {
+    entries: Vec<Entry>,
+    uses: Vec<(Span, Entry)>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    space: u64,
+    page: u64,
+    frame: Frame,
+}
+
+impl SimTlb {
+    pub fn new(shared: Arc<Shared>, life: Life, plan: DevicePlan, seed: u64) -> Self {
+        Self {
+            shared,
+            life,
+            plan,
+            table: Mutex::default(),
+            use_ended: Notify::new(),
+            rng: Mutex::new(StdRng::seed_from_u64(seed)),
+            subscribed: Mutex::default(),
+            replacements: Mutex::default(),
+        }
+    }
+
+    /// A translation is in the SDK's table.
+    pub fn on_installed(&self, mapping: &Mapping) {
+        let (space, page) = (mapping.address_space().get(), mapping.range().start() >> 12);
+        let Ok(guard) = mapping.begin_use() else { return };
+        let frame = Frame::of(guard.frame());
+        self.shared.trace.record(What::Installed { life: self.life, space, page, frame });
+    }
+
+    /// Puts a translation into the device's own table, unless a notice has overtaken it.
+    pub fn install(&self, ticket: CommitTicket) {
+        let mut table = self.table.lock();
+        let (space, page) = (ticket.address_space().get(), ticket.range().start() >> 12);
+        if let Ok(translation) = ticket.commit_raw() {
+            let frame = Frame::of(translation.frame);
+            table.entries.retain(|entry| (entry.space, entry.page) != (space, page));
+            table.entries.push(Entry { space, page, frame });
+            self.shared.trace.record(What::Installed { life: self.life, space, page, frame });
+        }
+    }
+
+    /// Uses a translation of the device's own table, if it has one and may.
+    pub fn begin_use(self: &Arc<Self>, gate: &Gate, space: u64, page: u64) -> Option<Use> {
+        let mut table = self.table.lock();
+        gate.check().ok()?;
+        let entry = *table.entries.iter().find(|entry| (entry.space, entry.page) == (space, page))?;
+        let begun = Use::begin(self, space, page, entry.frame);
+        table.uses.push((begun.span, entry));
+        Some(begun)
+    }
+
+    async fn flush(
+        &self,
+        scope: Scope,
+        invalidation: Option<Invalidation>,
+        replacement: Option<CommitTicket>,
+    ) {
+        let span = self.shared.trace.next_span();
+        let notice = invalidation.and_then(|invalidation| invalidation.notice).map(|notice| notice.get());
+        let seq = invalidation.and_then(|invalidation| invalidation.seq).map(|seq| seq.get());
+        let (life, covers) = (self.life, scope.clone());
+        self.shared.trace.record(What::FlushBegan { life, span, scope, notice, seq });
+        let covered = |entry: &Entry| match &covers {
+            Scope::Pages(pages) => pages.holds(entry.space, entry.page),
+            Scope::Everything | Scope::EverythingOfTheSession => true,
+        };
+        let open: Vec<Span> = {
+            let mut table = self.table.lock();
+            table.entries.retain(|entry| !covered(entry));
+            table.uses.iter().filter(|(_, entry)| covered(entry)).map(|(span, _)| *span).collect()
+        };
+        self.take_time().await;
+        if self.shared.plan.broken != Broken::AckBeforeUsesEnded {
+            self.until_ended(&open).await;
+        }
+        match (replacement, self.plan.table) {
+            (Some(ticket), Table::Own) => self.install(ticket),
+            (Some(ticket), Table::Sdk) => {
+                if let Ok(mapping) = ticket.commit() {
+                    self.on_installed(&mapping);
+                    self.replacements.lock().push(mapping);
+                }
+            }
+            (None, _) => {}
+        }
+        self.shared.trace.record(What::FlushEnded { span });
+    }
+
+    /// As long as the hardware takes; for ever while it hangs.
+    async fn take_time(&self) {
+        let most = self.plan.flush;
+        if !most.is_zero() {
+            let time = self.rng.lock().random_range(std::time::Duration::ZERO..=most);
+            tokio::time::sleep(time).await;
+        }
+        self.shared.hangs[self.plan.index].until(|hangs| !hangs).await;
+    }
+
+    async fn until_ended(&self, uses: &[Span]) {
+        loop {
+            let mut ended = std::pin::pin!(self.use_ended.notified());
+            ended.as_mut().enable();
+            if !self.table.lock().uses.iter().any(|(span, _)| uses.contains(span)) {
+                return;
+            }
+            ended.await;
+        }
+    }
+
+    fn pages(invalidation: &Invalidation) -> Scope {
+        let pages = pages_of(invalidation.range);
+        Scope::Pages(Pages { space: invalidation.address_space.get(), pages })
+    }
+}
+
+impl DeviceTlb for SimTlb {
+    async fn invalidate(&self, invalidation: Invalidation) -> Flushed {
+        self.flush(Self::pages(&invalidation), Some(invalidation), None).await;
+        Flushed::default()
+    }
+
+    async fn flush_all(&self, cause: FlushAllCause) {
+        let scope = match cause {
+            FlushAllCause::Host(_) => Scope::Everything,
+            FlushAllCause::Connecting | FlushAllCause::Leaving | FlushAllCause::Lost => {
+                Scope::EverythingOfTheSession
+            }
+        };
+        self.flush(scope, None, None).await;
+    }
+
+    async fn clear_young(&self, invalidation: Invalidation) -> Young {
+        // Nothing is dropped, but it is asked and answered as a flush is.
+        let span = self.shared.trace.next_span();
+        let (notice, seq) = (invalidation.notice.map(|n| n.get()), invalidation.seq.map(|seq| seq.get()));
+        let scope = Self::pages(&invalidation);
+        self.shared.trace.record(What::FlushBegan { life: self.life, span, scope, notice, seq });
+        self.take_time().await;
+        self.shared.trace.record(What::FlushEnded { span });
+        Young::Unknown
+    }
+
+    async fn change_pte(&self, invalidation: Invalidation, replacement: CommitTicket) -> Flushed {
+        self.flush(Self::pages(&invalidation), Some(invalidation), Some(replacement)).await;
+        Flushed::default()
+    }
+}
+
+/// The device reaches into a frame, until this is dropped.
+pub struct Use {
+    tlb: Arc<SimTlb>,
+    span: Span,
+}
+
+impl Use {
+    pub fn begin(tlb: &Arc<SimTlb>, space: u64, page: u64, frame: Frame) -> Self {
+        let span = tlb.shared.trace.next_span();
+        tlb.shared.trace.record(What::UseBegan { life: tlb.life, span, space, page, frame });
+        Self { tlb: Arc::clone(tlb), span }
+    }
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        self.tlb.shared.trace.record(What::UseEnded { span: self.span });
+        self.tlb.table.lock().uses.retain(|(span, _)| *span != self.span);
+        self.tlb.use_ended.notify_waiters();
+    }
+}

@@ -1,0 +1,306 @@
+//! What happened in a world, as its seams saw it: the only thing that the oracle looks at.
+
+use std::fmt;
+use std::hash::{Hash as _, Hasher as _};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::clock;
+
+/// One frame from its allocation until it is freed. The device's [`shootdown_core::FrameNumber`] carries
+/// both numbers, so that a use always says which allocation it means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Frame {
+    /// Which of the machine's frames.
+    pub index: u64,
+    /// How often it was freed before.
+    pub generation: u64,
+}
+
+/// Pages of an address space, by number.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Pages {
+    pub space: u64,
+    pub pages: Range<u64>,
+}
+
+/// One call of a notifier method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Op(pub usize);
+
+/// One try of a device to have a session: from before Hello until everything is flushed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Life(pub usize);
+
+/// A flush or a use, from its beginning to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Span(pub usize);
+
+/// Which method was called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Called {
+    RangeStart,
+    Page,
+    ChangePte(Frame),
+    ClearFlushYoung,
+    ClearYoung,
+    Release,
+}
+
+/// How long the caller waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Patience {
+    Unlimited,
+    AtMost(Duration),
+    None,
+}
+
+/// The verdict of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    Quiesced,
+    NotQuiesced,
+    WouldBlock,
+}
+
+/// What became of a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    Waiting,
+    Acked,
+    Left,
+    Fenced,
+}
+
+/// A target of a round, as an answer tells of it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Target {
+    pub session: u64,
+    pub outcome: Outcome,
+    /// When, in virtual time.
+    pub resolved: Option<Duration>,
+}
+
+/// An answer to the caller.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Answer {
+    pub verdict: Verdict,
+    pub seq: Option<u64>,
+    pub targets: Vec<Target>,
+    /// When the notices were in the outboxes, and when the last target was resolved.
+    pub dispatched: Duration,
+    pub resolved: Option<Duration>,
+}
+
+/// What a device flushes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Scope {
+    Pages(Pages),
+    /// Because the host agent said so.
+    Everything,
+    /// Because a session begins or ends.
+    EverythingOfTheSession,
+}
+
+/// What can happen.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum What {
+    // The source.
+    /// A page got a frame: from here on devices may be granted it.
+    Mapped {
+        space: u64,
+        page: u64,
+        frame: Frame,
+    },
+    Call {
+        op: Op,
+        called: Called,
+        pages: Pages,
+        patience: Patience,
+    },
+    Answered {
+        op: Op,
+        answer: Answer,
+    },
+    Refused {
+        op: Op,
+        error: String,
+    },
+    /// The caller ended its bracket.
+    Ended {
+        op: Op,
+    },
+    /// The caller's future was dropped before its answer.
+    Abandoned {
+        op: Op,
+    },
+    /// The frame may be used for another page, on the strength of `op`.
+    Freed {
+        op: Op,
+        frame: Frame,
+    },
+
+    // Devices.
+    Connecting {
+        life: Life,
+        device: usize,
+    },
+    Opened {
+        life: Life,
+        session: u64,
+    },
+    /// The lease of a session was granted, renewed, or has ended, in virtual time.
+    Lease {
+        life: Life,
+        until: Option<Duration>,
+    },
+    Subscribing {
+        life: Life,
+        space: u64,
+    },
+    Subscribed {
+        life: Life,
+        space: u64,
+    },
+    Unsubscribed {
+        life: Life,
+        space: u64,
+    },
+    Installed {
+        life: Life,
+        space: u64,
+        page: u64,
+        frame: Frame,
+    },
+    FlushBegan {
+        life: Life,
+        span: Span,
+        scope: Scope,
+        notice: Option<u64>,
+        seq: Option<u64>,
+    },
+    FlushEnded {
+        span: Span,
+    },
+    UseBegan {
+        life: Life,
+        span: Span,
+        space: u64,
+        page: u64,
+        frame: Frame,
+    },
+    UseEnded {
+        span: Span,
+    },
+    Closed {
+        life: Life,
+        cause: String,
+    },
+
+    // The world.
+    Fault(String),
+    /// What the administrator's listings count at the end.
+    Left {
+        sessions: usize,
+        rounds: usize,
+        brackets: u64,
+        subscriptions: u64,
+    },
+}
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Event {
+    /// In virtual time.
+    pub at: Duration,
+    pub what: What,
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:>9.3} ms  {:?}", self.at.as_secs_f64() * 1e3, self.what)
+    }
+}
+
+/// Where events are written down. Clones write to the same trace.
+#[derive(Debug, Clone, Default)]
+pub struct Trace(Arc<Mutex<Inner>>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    events: Vec<Event>,
+    spans: usize,
+    ops: usize,
+    lives: usize,
+}
+
+impl Trace {
+    pub fn record(&self, what: What) {
+        self.0.lock().events.push(Event { at: clock::virtual_now(), what });
+    }
+
+    pub fn next_span(&self) -> Span {
+        let mut inner = self.0.lock();
+        inner.spans += 1;
+        Span(inner.spans)
+    }
+
+    pub fn next_op(&self) -> Op {
+        let mut inner = self.0.lock();
+        inner.ops += 1;
+        Op(inner.ops)
+    }
+
+    pub fn next_life(&self) -> Life {
+        let mut inner = self.0.lock();
+        inner.lives += 1;
+        Life(inner.lives)
+    }
+
+    /// Runs something that ends many tasks at once, which tokio does in an order that depends on what else the
+    /// process does: what is recorded meanwhile is put into an order of its own.
+    pub fn in_no_order(&self, act: impl FnOnce()) {
+        let before = self.0.lock().events.len();
+        act();
+        self.0.lock().events[before..].sort_by_cached_key(|event| format!("{event:?}"));
+    }
+
+    /// All that was recorded, leaving nothing.
+    pub fn take(&self) -> Vec<Event> {
+        std::mem::take(&mut self.0.lock().events)
+    }
+}
+
+/// A number that two equal traces share, and hardly any others.
+pub fn fingerprint(events: &[Event]) -> u64 {
+    // Without random keys, so that it is the same in each process.
+    let mut hasher = std::hash::DefaultHasher::new();
+    events.hash(&mut hasher);
+    hasher.finish()
+}
+
+impl Frame {
+    const INDEX_BITS: u32 = 16;
+
+    pub fn number(self) -> shootdown_core::FrameNumber {
+        shootdown_core::FrameNumber(self.generation << Self::INDEX_BITS | self.index)
+    }
+
+    pub fn of(number: shootdown_core::FrameNumber) -> Self {
+        let mask = (1 << Self::INDEX_BITS) - 1;
+        Self { index: number.0 & mask, generation: number.0 >> Self::INDEX_BITS }
+    }
+}
+
+impl Pages {
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.space == other.space && self.pages.start < other.pages.end && other.pages.start < self.pages.end
+    }
+
+    pub fn holds(&self, space: u64, page: u64) -> bool {
+        self.space == space && self.pages.contains(&page)
+    }
+}

@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use shootdown_client::Endpoint;
 use shootdown_client::agent::{FlushTime, FlushTimeError};
+use shootdown_server::config::Settings;
 
+use crate::chaos::ChaosArgs;
 use crate::control::Plan;
 use crate::fleet::{Noise, Workspace};
 use crate::path::Path;
@@ -47,12 +49,23 @@ pub enum Command {
     },
     /// Rounds against a host agent that is already running: open loop, latency from the intended send time
     Run(RoundsArgs),
+    /// Faults into processes that run, while devices read and write memory that is freed and reused
+    Chaos(ChaosArgs),
     /// A process of `demo` or `check`
     #[command(name = crate::fleet::HOST_AGENT, hide = true)]
     HostAgent,
     /// A process of `demo` or `check`
     #[command(name = crate::fleet::DEVICE_AGENT, hide = true)]
     DeviceAgent,
+    /// A process of `chaos`
+    #[command(name = crate::chaos::CHAOS_HOST, hide = true)]
+    ChaosHost(Box<Settings>),
+    /// A process of `chaos`
+    #[command(name = crate::chaos::CHAOS_DEVICE, hide = true)]
+    ChaosDevice {
+        /// What it does
+        plan: String,
+    },
 }
 
 /// How a report is written.

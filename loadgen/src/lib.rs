@@ -27,3 +27,4 @@ pub mod check;
 pub mod report;
 pub mod demo;
 pub mod rounds;
+pub mod chaos;

@@ -9,7 +9,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use shootdown_loadgen::cli::{Cli, Command};
 use shootdown_loadgen::demo::{self, Detail};
 use shootdown_loadgen::report::Outcome;
-use shootdown_loadgen::{device, host, rounds};
+use shootdown_loadgen::{chaos, device, host, rounds};
 use tracing_subscriber::EnvFilter;
 
 /// A read was stale, or something was lost.
@@ -51,6 +51,28 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::DeviceAgent => {
             die_with_the_parent()?;
             device::run()?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Chaos(args) => {
+            let verdict = block_on(chaos::run(&args, &mut io::stdout().lock()))??;
+            Ok(match (verdict.is_wrong(), verdict.has_shown_nothing()) {
+                (true, _) => ExitCode::from(STALE),
+                (false, true) => ExitCode::from(FAILED),
+                (false, false) => ExitCode::SUCCESS,
+            })
+        }
+        // Started by one who was killed before this could be told of it.
+        Command::ChaosHost(_) | Command::ChaosDevice { .. }
+            if die_with_the_parent().is_err() || !chaos::has_its_parent() =>
+        {
+            Ok(ExitCode::from(FAILED))
+        }
+        Command::ChaosHost(settings) => {
+            chaos::run_host_agent(*settings)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::ChaosDevice { plan } => {
+            chaos::run_device(&plan)?;
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -1,0 +1,202 @@
+//! One call, over errors and over host agents, until it has its one outcome.
+//!
+//! ```text
+//!   Start(request id) --> QUIESCED: the frames may go
+//!      ^    |   |
+//!      |    |   +-------> NOT_QUIESCED: AwaitRound, again and again
+//!      +----+ error, no such round, no such address space: the same id again
+//! ```
+
+use std::time::Duration;
+
+use rand::RngExt as _;
+use rand::rngs::SmallRng;
+use shootdown_client::Moment;
+use shootdown_proto::error::Reason;
+use shootdown_proto::v1;
+use shootdown_proto::v1::{RoundResult, TargetOutcome, Verdict};
+
+use super::{BACKOFF, Vmm, VmmError, reason};
+use crate::chaos::plan::Broken;
+
+/// How much longer than its deadline an answer may take before the call is tried again.
+const SLACK: Duration = Duration::from_secs(2);
+
+/// How long one AwaitRound waits.
+const AWAIT: Duration = Duration::from_millis(500);
+
+/// One in so many calls is repeated although its outcome is known.
+const ASK_AGAIN: u32 = 8;
+
+impl Vmm {
+    /// Until no device uses the range any more.
+    pub(super) async fn quiesce(
+        &self,
+        request: &v1::InvalidateRangeStartRequest,
+        random: &mut SmallRng,
+    ) -> Result<RoundResult, VmmError> {
+        let began = self.clock.now();
+        let (mut tries, mut waiting, mut missed) = (0, None, false);
+        let mut answers = Vec::new();
+        loop {
+            tries += u64::from(waiting.is_none());
+            let starts = self.host.lock().starts;
+            let result = match self.one_try(request, waiting).await? {
+                Some(result) => result,
+                None => {
+                    waiting = None;
+                    tokio::time::sleep(BACKOFF).await;
+                    continue;
+                }
+            };
+            if waiting.is_none() {
+                answers.push((starts, result.seq));
+            }
+            match result.verdict() {
+                Verdict::Quiesced => {
+                    self.on_quiesced(&result, began, tries);
+                    self.ask_again(request, &result, &answers, tries, random).await?;
+                    return Ok(result);
+                }
+                // The break: who has not answered in time is taken for quiet.
+                Verdict::NotQuiesced if self.shape.rule == Some(Broken::TimeoutIsAck) => return Ok(result),
+                Verdict::NotQuiesced => {
+                    self.ledger.lock().not_quiesced_first += u64::from(!missed);
+                    missed = true;
+                    waiting = Some(result.seq);
+                }
+                Verdict::WouldBlock | Verdict::Unspecified => {
+                    let status = tonic::Status::internal(format!("the verdict is {:?}", result.verdict()));
+                    return Err(VmmError::Refused { call: "InvalidateRangeStart", status: Box::new(status) });
+                }
+            }
+        }
+    }
+
+    /// `None`: nobody knows what became of it; try again.
+    async fn one_try(
+        &self,
+        request: &v1::InvalidateRangeStartRequest,
+        waiting: Option<u64>,
+    ) -> Result<Option<RoundResult>, VmmError> {
+        let mut client = self.client.clone();
+        let answer = async {
+            match waiting {
+                None => client
+                    .invalidate_range_start(request.clone())
+                    .await
+                    .map(|answer| answer.into_inner().result),
+                Some(seq) => {
+                    let request = v1::AwaitRoundRequest {
+                        address_space_id: request.address_space_id,
+                        seq,
+                        deadline_ms: u64::try_from(AWAIT.as_millis()).ok(),
+                    };
+                    client.await_round(request).await.map(|answer| answer.into_inner().result)
+                }
+            }
+        };
+        match tokio::time::timeout(self.shape.deadline + AWAIT + SLACK, answer).await {
+            Ok(Ok(Some(result))) => Ok(self.of_the_newest(result)),
+            Ok(Ok(None)) => Err(VmmError::Refused {
+                call: "InvalidateRangeStart",
+                status: Box::new(tonic::Status::internal("there is no result in the answer")),
+            }),
+            Ok(Err(status)) => self.may_be_tried_again("InvalidateRangeStart", status).map(|()| None),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Passes over what a host agent says that was replaced.
+    fn of_the_newest(&self, result: RoundResult) -> Option<RoundResult> {
+        let mut host = self.host.lock();
+        if result.host_incarnation < host.incarnation {
+            drop(host);
+            self.ledger.lock().superseded_results += 1;
+            return None;
+        }
+        host.incarnation = result.host_incarnation;
+        Some(result)
+    }
+
+    /// Fails where the host agent refused for a reason that no fault gives it.
+    pub(super) fn may_be_tried_again(
+        &self,
+        call: &'static str,
+        status: tonic::Status,
+    ) -> Result<(), VmmError> {
+        match reason(&status) {
+            Some(Reason::HostSuperseded) => {
+                self.ledger.lock().superseded_refusals += 1;
+                Ok(())
+            }
+            // Of a host agent that has just started, or stops, or has as much to do as it may.
+            Some(
+                Reason::AddressSpaceUnknown
+                | Reason::RoundUnknown
+                | Reason::Draining
+                | Reason::RoundQuota
+                | Reason::QuarantineFull,
+            ) => Ok(()),
+            // Of the transport: it was reset, or nobody answers.
+            None if status.code() != tonic::Code::Unimplemented => Ok(()),
+            _ => Err(VmmError::Refused { call, status: Box::new(status) }),
+        }
+    }
+
+    fn on_quiesced(&self, result: &RoundResult, began: Moment, tries: u64) {
+        let now = self.clock.now();
+        let elapsed = Duration::from_nanos(result.elapsed_ns);
+        let from = Moment::from_nanos(now.as_nanos().saturating_sub(result.elapsed_ns)).max(began);
+        let elapsed = elapsed.saturating_sub(self.stood_still(from, now));
+        let mut ledger = self.ledger.lock();
+        ledger.on_round(elapsed);
+        ledger.on_call(tries, now.since(began));
+        for target in &result.targets {
+            match target.outcome() {
+                TargetOutcome::Acked => ledger.acked += 1,
+                TargetOutcome::Left => ledger.left += 1,
+                TargetOutcome::Fenced => ledger.fenced += 1,
+                TargetOutcome::Waiting | TargetOutcome::Unspecified => {}
+            }
+        }
+    }
+
+    /// A call that was tried more than once had one round only, and it has the same outcome when it is
+    /// asked for once more.
+    async fn ask_again(
+        &self,
+        request: &v1::InvalidateRangeStartRequest,
+        result: &RoundResult,
+        answers: &[(u64, u64)],
+        tries: u64,
+        random: &mut SmallRng,
+    ) -> Result<(), VmmError> {
+        // Two answers of one host agent are of one round.
+        let mut same = answers.windows(2).all(|pair| pair[0].0 != pair[1].0 || pair[0].1 == pair[1].1);
+        if tries > 1 || random.random_range(0..ASK_AGAIN) == 0 {
+            let starts = self.host.lock().starts;
+            let again = self.one_try(request, None).await?;
+            // A host agent that has started meanwhile does not know of it.
+            if let Some(again) =
+                again.filter(|_| self.host.lock().starts == starts && answered_by(answers, starts))
+            {
+                same &= again.verdict() == result.verdict() && again.seq == result.seq;
+                self.ledger.lock().asked_again += 1;
+            }
+        }
+        let mut ledger = self.ledger.lock();
+        ledger.second_outcomes += u64::from(!same);
+        ledger.retried_with_one_outcome += u64::from(tries > 1 && same);
+        drop(ledger);
+        if !same {
+            self.found(&format!("request {} has a second outcome", request.request_id))?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether the last answer is of the host agent that is asked again.
+fn answered_by(answers: &[(u64, u64)], starts: u64) -> bool {
+    answers.last().is_some_and(|(answered, _)| *answered == starts)
+}

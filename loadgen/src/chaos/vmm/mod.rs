@@ -1,0 +1,204 @@
+//! The program whose memory it is: it moves pages to other frames, gives the old ones away when they are
+//! quiesced and not earlier, and answers the devices' faults from its page table.
+
+mod memory;
+mod ledger;
+mod call;
+mod faults;
+mod moves;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use shootdown_client::{Clock, Moment};
+use shootdown_proto::error::Reason;
+use shootdown_proto::v1;
+use shootdown_proto::v1::notifier_service_client::NotifierServiceClient;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+
+use super::content::Frames;
+use super::plan::{Broken, Places};
+use super::shared::{Shared, tell};
+use crate::check::table::TableError;
+use ledger::HostView;
+use memory::Memory;
+
+pub(crate) use faults::serve;
+pub(crate) use ledger::Ledger;
+pub(crate) use moves::run as keep_moving;
+
+/// A connection that says nothing is asked so often, and given up after as long again: a host agent that is
+/// stopped for a moment keeps its connections, one that hangs does not.
+const KEEPALIVE: Duration = Duration::from_millis(250);
+
+/// Between two tries.
+const BACKOFF: Duration = Duration::from_millis(10);
+
+/// Why the program could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The source's socket.
+    #[error("the host agent's socket for sources cannot be one")]
+    Socket(#[source] tonic::transport::Error),
+    /// The frames.
+    #[error("the frames cannot be used")]
+    Frames(#[from] io::Error),
+    /// What the processes share.
+    #[error(transparent)]
+    Shared(#[from] TableError),
+    /// The host agent refuses what it must not.
+    #[error("the host agent refused {call}")]
+    Refused {
+        /// What was called.
+        call: &'static str,
+        /// Its answer.
+        #[source]
+        status: Box<tonic::Status>,
+    },
+    /// A task was stopped.
+    #[error("a task ended by itself")]
+    Task,
+}
+
+/// What its tasks share.
+#[derive(Debug)]
+pub(crate) struct Vmm {
+    pub(crate) clock: Clock,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) ledger: Mutex<Ledger>,
+    host: Mutex<HostView>,
+    places: Places,
+    shape: Shape,
+    client: NotifierServiceClient<Channel>,
+    memory: Mutex<Memory>,
+    frames: Frames,
+    address_space: watch::Sender<u64>,
+    moving: CancellationToken,
+    stop: CancellationToken,
+}
+
+/// Sizes of a run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) pages: usize,
+    pub(crate) devices: usize,
+    /// Counters of a page that are in use.
+    pub(crate) slots: usize,
+    pub(crate) deadline: Duration,
+    pub(crate) seed: u64,
+    pub(crate) rule: Option<Broken>,
+}
+
+/// What a host agent answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Probed {
+    pub(crate) host_incarnation: u64,
+    pub(crate) verdict: v1::Verdict,
+}
+
+impl Vmm {
+    /// Its memory, with every page in a frame. No host agent is asked for anything yet.
+    pub(crate) fn new(places: &Places, shared: Arc<Shared>, shape: Shape) -> Result<Self, VmmError> {
+        let endpoint = Endpoint::from_shared(format!("unix:{}", places.source_socket().display()))
+            .map_err(VmmError::Socket)?
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            .keep_alive_while_idle(true);
+        // Each page in a frame, and as many to move to: one that is given away is used again soon.
+        let frames = Frames::create(&places.frames(), 2 * shape.pages)?;
+        let memory = Memory::new(&frames, shape.pages)?;
+        Ok(Self {
+            clock: Clock::boottime(),
+            shared,
+            ledger: Mutex::default(),
+            host: Mutex::default(),
+            places: places.clone(),
+            shape,
+            client: NotifierServiceClient::new(endpoint.connect_lazy()),
+            memory: Mutex::new(memory),
+            frames,
+            address_space: watch::Sender::new(0),
+            moving: CancellationToken::new(),
+            stop: CancellationToken::new(),
+        })
+    }
+
+    /// The address space, once a host agent knows it.
+    pub(crate) async fn registered(&self) -> u64 {
+        let mut address_space = self.address_space.subscribe();
+        let known = address_space.wait_for(|id| *id != 0).await;
+        known.map_or(0, |id| *id)
+    }
+
+    /// No page is moved any more, once those are done that are under way.
+    pub(crate) fn stop_moving(&self) {
+        self.moving.cancel();
+    }
+
+    /// Faults are answered no more.
+    pub(crate) fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// A host agent was started: what it says is its own word.
+    pub(crate) fn on_host_started(&self) {
+        self.host.lock().starts += 1;
+    }
+
+    /// A host agent stands still from now on, or goes on.
+    pub(crate) fn on_host_stopped(&self) {
+        let now = self.clock.now();
+        self.host.lock().stops.push((now, None));
+    }
+
+    pub(crate) fn on_host_went_on(&self) {
+        let now = self.clock.now();
+        if let Some((_, until)) = self.host.lock().stops.last_mut() {
+            *until = Some(now);
+        }
+    }
+
+    /// How long the host agent stood still in this time.
+    fn stood_still(&self, from: Moment, to: Moment) -> Duration {
+        let host = self.host.lock();
+        let within = |(began, ended): &(Moment, Option<Moment>)| {
+            let (began, ended) = ((*began).max(from), ended.unwrap_or(to).min(to));
+            if ended > began { ended.since(began) } else { Duration::ZERO }
+        };
+        host.stops.iter().map(within).sum()
+    }
+
+    fn found(&self, what: &str) -> io::Result<()> {
+        let at = self.clock.now().as_nanos();
+        tell(&self.places.findings(), &format!("{at} host: {what}"))
+    }
+
+    /// Invalidates a range that nobody has on a connection of its own; `None`: there was no answer, or a
+    /// refusal.
+    pub(crate) async fn probe(&self, client: &mut NotifierServiceClient<Channel>) -> Option<Probed> {
+        let request = v1::InvalidatePageRequest {
+            address_space_id: *self.address_space.borrow(),
+            address: 0x1000,
+            cause: v1::Cause::Migrate.into(),
+            deadline_ms: Some(100),
+            ..v1::InvalidatePageRequest::default()
+        };
+        let result = client.invalidate_page(request).await.ok()?.into_inner().result?;
+        Some(Probed { host_incarnation: result.host_incarnation, verdict: result.verdict() })
+    }
+
+    /// A connection to whichever host agent takes it now.
+    pub(crate) async fn connect(&self) -> Option<NotifierServiceClient<Channel>> {
+        let target = format!("unix:{}", self.places.source_socket().display());
+        let channel = Endpoint::from_shared(target).ok()?.connect().await.ok()?;
+        Some(NotifierServiceClient::new(channel))
+    }
+}
+
+fn reason(status: &tonic::Status) -> Option<Reason> {
+    Reason::of_status(status)
+}

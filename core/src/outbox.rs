@@ -214,7 +214,7 @@ impl<T> Outbox<T> {
     /// When a limit is 0.
     #[must_use]
     pub fn after(limits: OutboxLimits, acked_through: Option<NoticeNumber>) -> Self {
-        Self { last_sent: acked_through, ..Self::new(limits) }
+        Self { last_sent: acked_through, highest_acked: acked_through, ..Self::new(limits) }
     }
 
     /// Makes the event part of a later notice.

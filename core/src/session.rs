@@ -547,6 +547,12 @@ impl<T> Session<T> {
         self.config.enforcement
     }
 
+    /// Whether its device may go on with it; not when the host agent ended it.
+    #[must_use]
+    pub fn is_resumable(&self) -> bool {
+        self.resumable == Resumable::Yes && !self.phase.is_over()
+    }
+
     /// The most notices that are sent and not acked.
     #[must_use]
     pub fn window(&self) -> u32 {

@@ -173,6 +173,42 @@ fn every_invariant_has_a_test_of_its_name_or_says_what_it_waits_for() {
     }
 }
 
+/// docs/invariants.md: one row each, with the tests of its name, every wrong rule that the model knows for it, and its
+/// check in the simulation; where there is none, the reason.
+#[test]
+fn the_table_of_invariants_is_that_of_tests_model_and_simulation() {
+    let document = read("docs/invariants.md");
+    let (mutations, checks) =
+        (read("core/tests/model/mutations.rs"), read("loadgen/tests/simulation/checks.rs"));
+    let tests = tests_by_name();
+    for (number, name) in (1..).zip(INVARIANTS) {
+        let head = format!("| {number} | {name} |");
+        let row = document.lines().find(|line| line.starts_with(&head));
+        let row = row.unwrap_or_else(|| panic!("docs/invariants.md has no row {head:?}"));
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").collect();
+        let [_, _, test, model, simulation] = cells[..] else { panic!("{row} has {} cells", cells.len()) };
+        let files = tests.get(&snake(name)).unwrap_or_else(|| panic!("{name} has no test of its name"));
+        let named = files.iter().filter(|file| test.contains(&format!("`{file}::{}`", snake(name))));
+        assert!(named.count() > 0, "the row of {name} names none of its tests, which are in {files:?}");
+        let listed: Vec<&str> = mutations
+            .lines()
+            .filter(|line| line.contains(&format!("\"{name}\"")))
+            .filter_map(|line| line.split_once("Mutation::")?.1.split(',').next())
+            .collect();
+        for mutation in &listed {
+            assert!(model.contains(mutation), "the row of {name} leaves out the model's {mutation}");
+        }
+        assert!(
+            !listed.is_empty() || model.starts_with("no:"),
+            "the model has no {name}; the row must say why"
+        );
+        let check = format!("`loadgen/tests/simulation/checks.rs::{}`", snake(name));
+        let is_checked = defines(&checks, &snake(name));
+        assert_eq!(simulation.contains(&check), is_checked, "the simulation's check of {name}");
+        assert!(is_checked || simulation.trim().starts_with("no:"), "the row of {name} must say why not");
+    }
+}
+
 fn snake(pascal: &str) -> String {
     let mut snake = String::new();
     for c in pascal.chars() {

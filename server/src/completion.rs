@@ -41,6 +41,8 @@ pub(crate) struct WaitingRound {
     called: Moment,
     clock: Clock,
     host_incarnation: Incarnation,
+    /// Its targets are forgotten.
+    of_an_earlier_run: bool,
 }
 
 #[derive(Debug)]
@@ -107,6 +109,7 @@ impl WaitingRound {
             called,
             clock,
             host_incarnation,
+            of_an_earlier_run: false,
         }
     }
 
@@ -125,7 +128,7 @@ impl WaitingRound {
         let run = (clock, host_incarnation);
         let round = Self::new(event, [], EndedBy::Caller, enforcement, clock.now(), run);
         round.finished.set(()).expect("nobody else has it yet");
-        round
+        Self { of_an_earlier_run: true, ..round }
     }
 
     /// A notice is in every target's outbox.
@@ -227,7 +230,8 @@ impl WaitingRound {
             seq: Some(ledger.round.event().seq),
             targets: ledger.round.reports().to_vec(),
             young: ledger.round.young(),
-            dirty: ledger.round.dirty(),
+            // What the targets of an earlier run told went with it.
+            dirty: ledger.round.dirty() || self.of_an_earlier_run,
             host_incarnation: self.host_incarnation,
             times: RoundTimes {
                 called: self.called,

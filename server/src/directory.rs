@@ -94,7 +94,8 @@ impl Directory {
         }
         let id = next.address_space;
         next.address_space = id.next();
-        Ok(self.insert(id, name, source, strictness, &mut next, survivors))
+        let space = self.make(id, name, source, strictness);
+        Ok(self.insert(space, &mut next, survivors))
     }
 
     /// Makes an address space known by the name that an earlier run gave it. One that a planned end handed over
@@ -123,26 +124,32 @@ impl Directory {
             return Err(NotifyError::TooManyAddressSpaces { most: self.most });
         }
         next.taken_back.insert(id);
-        Ok(self.insert(id, name, source, strictness, &mut next, survivors))
+        let mut space = self.make(id, name, source, strictness);
+        // Above those of every earlier run: an end that comes late names no bracket of this one.
+        space.began_after = Seq::new(next.first_address_space.get());
+        space.order.get_mut().gate = GrantGate::restored(space.began_after, []);
+        Ok(self.insert(space, &mut next, survivors))
     }
 
-    fn insert(
+    fn make(
         &self,
         id: AddressSpaceId,
         name: &str,
         source: Arc<dyn Translate>,
-        strictness: Strictness,
-        next: &mut Numbers,
-        survivors: &Survivors,
-    ) -> Arc<AddressSpace> {
-        let (most_rounds, run) = (self.rounds_per_space, self.host_incarnation);
-        let space = Arc::new(AddressSpace::new(id, name, source, strictness, most_rounds, run));
+        of: Strictness,
+    ) -> AddressSpace {
+        AddressSpace::new(id, name, source, of, self.rounds_per_space, self.host_incarnation)
+    }
+
+    /// Nobody else knows of it before the survivors do.
+    fn insert(&self, space: AddressSpace, next: &mut Numbers, survivors: &Survivors) -> Arc<AddressSpace> {
+        let space = Arc::new(space);
         survivors.join(&space, || {
             let id = next.subscription;
             next.subscription = id.next();
             id
         });
-        self.spaces.insert(id, Arc::clone(&space));
+        self.spaces.insert(space.id, Arc::clone(&space));
         space
     }
 
@@ -208,6 +215,9 @@ pub(crate) struct AddressSpace {
     /// One permit a round in flight. A source that can wait waits for one: back-pressure, not loss.
     pub(crate) permits: Arc<Semaphore>,
     pub(crate) most_rounds: usize,
+    /// Events up to this one were another run's, if there were any: a sequence of an earlier run names no bracket of
+    /// this one.
+    pub(crate) began_after: Option<Seq>,
     /// The run that its rounds' results name.
     pub(crate) host_incarnation: Incarnation,
 }
@@ -245,6 +255,7 @@ impl AddressSpace {
             bracket_ended: Notify::new(),
             permits: Arc::new(Semaphore::new(most_rounds)),
             most_rounds,
+            began_after: None,
             host_incarnation,
         }
     }

@@ -43,6 +43,8 @@ pub(crate) enum Dispatched {
 pub(crate) enum Leave {
     /// It waits for its targets; the permit is its place among the rounds in flight.
     ToWait(OwnedSemaphorePermit),
+    /// It waits for its targets, and has no place: there is one such call for an address space.
+    ToWaitAlone,
     /// It is refused if it has one.
     NotToWait,
 }
@@ -104,7 +106,7 @@ impl AddressSpace {
         }
         let permit = match leave {
             Leave::ToWait(permit) => Some(permit),
-            Leave::NotToWait => None,
+            Leave::ToWaitAlone | Leave::NotToWait => None,
         };
         let owned = Owned { space: Arc::clone(self), section: subscribers.into_section(), permit };
         match targets.first() {

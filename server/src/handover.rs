@@ -32,7 +32,7 @@ use crate::session::SessionHandle;
 use crate::session::restored::Restored;
 use crate::session::task::start_outliving;
 use crate::shard::Shard;
-use crate::source::rpc::retries::Asked;
+use crate::source::rpc::retries::{Asked, ToTryAgain};
 use crate::source::rpc::{self, RpcSource};
 use crate::source::{Notifier as _, Translate};
 
@@ -86,7 +86,8 @@ fn drained(space: &AddressSpace) -> Option<DrainedSpace> {
     }
     let source: Arc<dyn Any + Send + Sync> = Arc::<dyn Translate>::clone(&space.source);
     let source: Arc<RpcSource> = source.downcast().ok()?;
-    let (mut starts, ended) = source.retries.to_try_again();
+    // The locks the other way round than an end takes them: no thread is left that could be in one.
+    let ToTryAgain { mut starts, ends } = source.retries.to_try_again();
     let rounds = space.rounds.lock();
     let bracket = |(seq, range)| {
         let (cause, owner) = rounds.get(&seq)?.look(|round| (round.event().cause, round.event().owner));
@@ -97,7 +98,7 @@ fn drained(space: &AddressSpace) -> Option<DrainedSpace> {
         name: space.name.clone(),
         strictness: space.strictness,
         last_seq: order.gate.last_seq(),
-        ended,
+        ended: ends,
         open_brackets: order.gate.brackets().filter_map(bracket).collect(),
     })
 }

@@ -11,7 +11,7 @@ use shootdown_core::{
     AddrRange, AddressSpaceId, Cause, Incarnation, Method, Moment, OwnerTag, PageSize, Seq, Translation,
 };
 use shootdown_proto::message::SessionError;
-use tokio::sync::{TryAcquireError, oneshot};
+use tokio::sync::{TryAcquireError, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -216,7 +216,7 @@ impl Host {
     /// `T_ack + T_fence`: when a round is answered that waits for a device which is not certain to stop
     /// (BoundedResolution). `T_fence` is what a device that enforces its lease takes to be fenced, or one
     /// attempt of the slowest fencer, whichever is longer.
-    fn bound(&self) -> Duration {
+    pub(crate) fn bound(&self) -> Duration {
         let session = self.session_config();
         session.ack_timeout + session.lease.host_duration().max(self.fencers().longest_attempt())
     }
@@ -288,7 +288,7 @@ impl Host {
         if let Some(round) = waiting {
             return self.outcome(&round, self.bounded(wait, &round)).await;
         }
-        if Some(seq) > last_seq {
+        if Some(seq) > last_seq || Some(seq) <= space.began_after {
             return Err(NotifyError::BracketUnknown { address_space, seq });
         }
         self.vouch(self.nothing_waits(Verdict::Quiesced, Some(seq), called))
@@ -307,7 +307,7 @@ impl Host {
             Wait::NotAtAll => Leave::NotToWait,
             Wait::ForTargets | Wait::AtMost(_) => {
                 self.room_in_quarantine(space, &call, wait).await?;
-                place(space, self.rest(wait, called)).await?
+                place(space, &call, self.rest(wait, called), self.bound()).await?
             }
         };
         if self.is_superseded() {
@@ -541,12 +541,27 @@ impl Host {
         }
     }
 
+    /// Releases, and tells how far it has come: within the bound, and if that was NotQuiesced, once more at the end.
+    pub(crate) fn release_telling(
+        &self,
+        address_space: AddressSpaceId,
+        tell: mpsc::Sender<Result<RoundResult, NotifyError>>,
+    ) {
+        match self.directory().expect(address_space) {
+            Ok(space) => {
+                let release = self.clone().release_to_its_end(space, tell);
+                drop(self.0.tasks.spawn_on(release, &self.0.control));
+            }
+            Err(error) => drop(tell.try_send(Err(error))),
+        }
+    }
+
     /// Runs to its end whatever becomes of the caller: see [`Notifier::release`]. Where a device did not stop
     /// in time the caller is told so before the end, which comes when the device has.
     async fn release_to_its_end(
         self,
         space: Arc<AddressSpace>,
-        caller: oneshot::Sender<Result<RoundResult, NotifyError>>,
+        tell: mpsc::Sender<Result<RoundResult, NotifyError>>,
     ) {
         let called = self.clock().now();
         let call = Call {
@@ -556,9 +571,8 @@ impl Host {
             owner: None,
             bracket: EndedBy::Nobody,
         };
-        let mut caller = Some(caller);
-        // A caller that has gone away hears nothing.
-        let mut tell = |answer| drop(caller.take().map(|caller| caller.send(answer)));
+        // Two answers at most, and room for both. A caller that has gone away hears nothing.
+        let tell = |answer| drop(tell.try_send(answer));
         let round = match self.open(&space, call, Wait::ForTargets, called).await {
             Ok(Dispatched::Open(round)) => round,
             Ok(Dispatched::WouldBlock(targets)) => return tell(Ok(self.would_block(targets, called))),
@@ -660,10 +674,10 @@ impl Notifier for Host {
 
     async fn release(&self, address_space: AddressSpaceId) -> Result<RoundResult, NotifyError> {
         let space = self.directory().expect(address_space)?;
-        let (caller, answer) = oneshot::channel();
-        drop(self.0.tasks.spawn_on(self.clone().release_to_its_end(space, caller), &self.0.control));
+        let (tell, mut told) = mpsc::channel(2);
+        drop(self.0.tasks.spawn_on(self.clone().release_to_its_end(space, tell), &self.0.control));
         // The task is not aborted and does not panic, so this fails only when the runtime is gone.
-        answer.await.unwrap_or(Err(NotifyError::Stopping))
+        told.recv().await.unwrap_or(Err(NotifyError::Stopping))
     }
 }
 
@@ -685,7 +699,12 @@ impl Drop for Unanswered<'_> {
     }
 }
 
-async fn place(space: &AddressSpace, wait: Wait) -> Result<Leave, NotifyError> {
+/// A place among the rounds in flight. Who has no time of its own waits for as long as a round may take: then there is
+/// none that will end (BoundedResolution). A release comes once, and needs none.
+async fn place(space: &AddressSpace, call: &Call, wait: Wait, bound: Duration) -> Result<Leave, NotifyError> {
+    if call.method == Method::Release {
+        return Ok(Leave::ToWaitAlone);
+    }
     let full = || NotifyError::TooManyRounds { address_space: space.id, most: space.most_rounds };
     let permits = Arc::clone(&space.permits);
     match Arc::clone(&permits).try_acquire_owned() {
@@ -695,10 +714,8 @@ async fn place(space: &AddressSpace, wait: Wait) -> Result<Leave, NotifyError> {
     }
     let acquired = match wait {
         Wait::NotAtAll => return Err(full()),
-        Wait::AtMost(limit) => {
-            tokio::time::timeout(limit, permits.acquire_owned()).await.map_err(|_| full())?
-        }
-        Wait::ForTargets => permits.acquire_owned().await,
+        Wait::AtMost(limit) => tokio::time::timeout(limit, permits.acquire_owned()).await,
+        Wait::ForTargets => tokio::time::timeout(bound, permits.acquire_owned()).await,
     };
-    acquired.map(Leave::ToWait).map_err(|_| NotifyError::Stopping)
+    acquired.map_err(|_| full())?.map(Leave::ToWait).map_err(|_| NotifyError::Stopping)
 }

@@ -226,8 +226,8 @@ fn takeover(state: Option<&StateConfig>) -> Result<Takeover, JournalError> {
 /// Takes the state directory, and finds out which run this is and what the runs before left.
 fn remember(state: Option<StateConfig>, host: &mut HostConfig) -> Result<(Restart, History), JournalError> {
     let Some(StateConfig { dir, takeover }) = state else { return Ok((Restart::none(), History::default())) };
-    let began = BootMoment { boot_id: Clock::id(), at: host.clock.now() };
-    let opened = Journal::open(&dir, takeover, host.incarnation, host.session.lease, began)?;
+    let now = || BootMoment { boot_id: Clock::id(), at: host.clock.now() };
+    let opened = Journal::open(&dir, takeover, host.incarnation, host.session.lease, now)?;
     host.incarnation = opened.run.incarnation;
     Ok(Restart::on(opened))
 }

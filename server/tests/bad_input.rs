@@ -391,7 +391,7 @@ async fn a_caller_without_leave_is_refused_by_every_privileged_service() {
     assert_eq!(Reason::of_status(&refused), Some(Reason::PermissionDenied));
     let channel = scene.agent.channel("admin.sock").await;
     let mut admin = v1::admin_service_client::AdminServiceClient::new(channel);
-    let evict = v1::EvictSessionRequest { session_id: scene.bystander.device.session };
+    let evict = v1::EvictSessionRequest { session_id: scene.bystander.device.session, is_cut_off: false };
     let refused = admin.evict_session(evict).await.unwrap_err();
     assert_eq!(Reason::of_status(&refused), Some(Reason::PermissionDenied));
     scene.unharmed().await;

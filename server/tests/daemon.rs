@@ -201,6 +201,18 @@ fn command_in(document: &str, section: &str) -> Vec<String> {
     words.collect()
 }
 
+#[test]
+fn the_settings_that_the_document_of_faults_shows_are_right() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/faults.md");
+    let text = std::fs::read_to_string(file).unwrap();
+    let shown = text.split_once("```toml\n").unwrap().1.split_once("```").unwrap().0;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("shown.toml");
+    std::fs::write(&path, shown).unwrap();
+    let checked = run(&["check-config", "--config", path.to_str().unwrap()]);
+    assert_eq!(checked.status.code(), Some(0), "{}", String::from_utf8_lossy(&checked.stderr));
+}
+
 /// Its paths and its port are the machine's; in the test they are the test's own.
 #[tokio::test]
 async fn the_command_that_the_document_of_the_memory_source_shows_starts_a_daemon_that_swaps() {

@@ -821,11 +821,17 @@ async fn an_eviction_is_not_an_ack() {
     let round = agent.round(space, pages(1, 1));
     device.notice().await;
     let mut admin = v1::admin_service_client::AdminServiceClient::new(agent.channel("admin.sock").await);
-    admin.evict_session(v1::EvictSessionRequest { session_id: device.session }).await.unwrap();
+    admin
+        .evict_session(v1::EvictSessionRequest { session_id: device.session, is_cut_off: false })
+        .await
+        .unwrap();
     assert_eq!(device.last_word().await.0.reason(), Reason::SessionEvicted);
     assert!(!round.is_finished());
     assert_eq!(quiesced(round).await[0].outcome, Outcome::Fenced);
-    let unknown = admin.evict_session(v1::EvictSessionRequest { session_id: 4711 }).await.unwrap_err();
+    let unknown = admin
+        .evict_session(v1::EvictSessionRequest { session_id: 4711, is_cut_off: false })
+        .await
+        .unwrap_err();
     assert_eq!(Reason::of_status(&unknown), Some(Reason::SessionUnknown));
 }
 

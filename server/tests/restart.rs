@@ -687,3 +687,114 @@ async fn sockets_that_are_passed_outlive_a_host_agent_and_its_successor_answers_
     assert_eq!(second.exit_code().await, Some(0));
     assert!(place.path("device").exists(), "it is not the host agent's to remove");
 }
+
+/// The first page, by a call that may be tried again.
+fn start_by_id(space: u64, request_id: &str) -> v1::InvalidateRangeStartRequest {
+    v1::InvalidateRangeStartRequest {
+        address_space_id: space,
+        range: Some(wire(pages(0, 1))),
+        cause: v1::Cause::Unmap.into(),
+        request_id: request_id.to_owned(),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn a_call_whose_answer_went_with_a_planned_end_has_its_outcome_and_counts_as_dirty() {
+    let place = Place::new();
+    let mut first = place.start(&["--lease", "60s"]);
+    let mut notifier = place.notifier().await;
+    let space = register(&mut notifier).await;
+    let started = notifier.invalidate_range_start(start_by_id(space, "start-1")).await.unwrap().into_inner();
+    let started = started.result.unwrap();
+    assert!(!started.dirty, "nobody was asked");
+    first.signal(Signal::TERM);
+    assert_eq!(first.exit_code().await, Some(0));
+
+    let mut second = place.start(&["--lease", "60s"]);
+    let mut notifier = place.notifier().await;
+    let again = notifier.invalidate_range_start(start_by_id(space, "start-1")).await.unwrap().into_inner();
+    let again = again.result.unwrap();
+    assert_eq!((again.seq, again.verdict()), (started.seq, v1::Verdict::Quiesced), "no second bracket");
+    assert!(again.dirty, "what its targets told is forgotten");
+    let end = v1::InvalidateRangeEndRequest {
+        address_space_id: space,
+        seq: started.seq,
+        request_id: "end-1".to_owned(),
+    };
+    notifier.invalidate_range_end(end.clone()).await.unwrap();
+    second.signal(Signal::TERM);
+    assert_eq!(second.exit_code().await, Some(0));
+
+    let _third = place.start(&["--lease", "60s"]);
+    place.notifier().await.invalidate_range_end(end).await.expect("it was ended, and is told so");
+    let mut admin = v1::admin_service_client::AdminServiceClient::new(connect(&place.path("admin")).await);
+    let spaces = admin.list_address_spaces(v1::ListAddressSpacesRequest::default()).await.unwrap();
+    assert_eq!(spaces.into_inner().address_spaces[0].open_brackets, 0);
+}
+
+/// Trap 32, across runs: an end that comes late names nothing.
+#[tokio::test]
+async fn a_sequence_of_an_earlier_run_names_no_bracket_of_this_one() {
+    let place = Place::new();
+    let first = place.start(&[]);
+    let mut notifier = place.notifier().await;
+    let space = register(&mut notifier).await;
+    let before = invalidate(&mut notifier, space, None).await.unwrap();
+    first.kill();
+    let _second = place.start(&[]);
+    let mut notifier = place.notifier().await;
+    let back = v1::RegisterAddressSpaceRequest { address_space_id: space, ..Default::default() };
+    assert_eq!(notifier.register_address_space(back).await.unwrap().into_inner().address_space_id, space);
+    let after = invalidate(&mut notifier, space, None).await.unwrap();
+    assert!(after.seq > before.seq && after.host_incarnation > before.host_incarnation);
+    let asked = v1::AwaitRoundRequest { address_space_id: space, seq: before.seq, deadline_ms: None };
+    let unknown = notifier.await_round(asked).await.unwrap_err();
+    assert_eq!(Reason::of_status(&unknown), Some(Reason::RoundUnknown));
+    let end = |seq| v1::InvalidateRangeEndRequest { address_space_id: space, seq, ..Default::default() };
+    let unknown = notifier.invalidate_range_end(end(before.seq)).await.unwrap_err();
+    assert_eq!(Reason::of_status(&unknown), Some(Reason::RoundUnknown));
+    notifier.invalidate_range_end(end(after.seq)).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_administrator_who_vouches_that_a_device_is_cut_off_ends_the_waiting_for_it() {
+    let place = Place::new();
+    place.one_that_is_killed(&["--lease", "60s"]).await;
+    let second = place.start(&["--lease", "60s"]);
+    let mut notifier = place.notifier().await;
+    let space = register(&mut notifier).await;
+    let waits = tokio::spawn({
+        let mut notifier = notifier.clone();
+        async move { invalidate(&mut notifier, space, None).await.unwrap() }
+    });
+    let session_id = place.sessions().await[0].session_id;
+    let mut admin = v1::admin_service_client::AdminServiceClient::new(connect(&place.path("admin")).await);
+    let evict = |is_cut_off| v1::EvictSessionRequest { session_id, is_cut_off };
+    admin.evict_session(evict(false)).await.unwrap();
+    let early = invalidate(&mut notifier, space, Some(0)).await.unwrap();
+    assert_eq!(early.verdict(), v1::Verdict::NotQuiesced, "an eviction says nothing of the device");
+    admin.evict_session(evict(true)).await.unwrap();
+    assert_eq!(soon(waits).await.unwrap().targets[0].outcome(), v1::TargetOutcome::Fenced);
+    until(|| second.says("accounted for")).await;
+}
+
+/// What the host agent ended stays ended.
+#[tokio::test]
+async fn a_session_that_was_evicted_is_not_resumed_after_a_planned_end() {
+    let place = Place::new();
+    let mut first = place.start(&["--lease", "60s"]);
+    let space = register(&mut place.notifier().await).await;
+    let mut device = place.hello("evicted").await;
+    device.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
+    let mut admin = v1::admin_service_client::AdminServiceClient::new(connect(&place.path("admin")).await);
+    let evict = v1::EvictSessionRequest { session_id: device.session, is_cut_off: false };
+    admin.evict_session(evict).await.unwrap();
+    first.signal(Signal::TERM);
+    assert_eq!(first.exit_code().await, Some(0));
+    let _second = place.start(&["--lease", "60s"]);
+    let mut notifier = place.notifier().await;
+    let space = register(&mut notifier).await;
+    let waits = invalidate(&mut notifier, space, Some(0)).await.unwrap();
+    assert_eq!(waits.targets[0].device_id, "evicted", "it is waited for everywhere, as after a crash");
+}

@@ -411,7 +411,7 @@ fn a_session_of_an_earlier_run_is_waited_for_until_its_lease_is_over_and_numbers
     session.on_event(&event(0), Some(1), at(10), &mut effects);
     assert_eq!(session.on_heartbeat(at(20)), None, "it has no stream to ask on");
     assert_eq!(session.on_tick(at(499), &mut effects), Some(at(500)));
-    assert_eq!(drained(&mut effects), Vec::<String>::new());
+    assert_eq!(drained(&mut effects), ["ask fencer"], "it owes an ack for longer than T_ack");
     session.on_tick(at(500), &mut effects);
     assert_eq!(drained(&mut effects), ["severed->fenced", "1 fenced"]);
 }

@@ -77,7 +77,7 @@ impl Slot {
         let family = Arc::clone(&self.family);
         let alone = {
             let family = family.read().await;
-            self.beside_others(&family, path).await?
+            Box::pin(self.beside_others(&family, path)).await?
         };
         let Some(alone) = alone else { return Ok(()) };
         let mut family = family.write().await;
@@ -103,7 +103,7 @@ impl Slot {
             Path::Snapshot => return Ok(Some(Alone::Snapshot)),
             Path::Truncate => return Ok(Some(Alone::Truncate)),
             Path::Exit => return Ok(Some(Alone::Exit)),
-            Path::Cow => return self.copy_on_write(family).await,
+            Path::Cow => return Box::pin(self.copy_on_write(family)).await,
             Path::Placeholder => match family.file.hole_of_thread(&self.world, self.thread) {
                 Some(page) => space.fill_file_hole(page).await?,
                 None => return Ok(Some(Alone::Truncate)),

@@ -153,7 +153,7 @@ impl Journal {
         takeover: Takeover,
         now: Incarnation,
         terms: LeaseTerms,
-        began: BootMoment,
+        clock: impl FnOnce() -> BootMoment,
     ) -> Result<Opened, JournalError> {
         let (mut file, mut before) = JournalFile::take(path, takeover)?;
         let run = match (&before.last, &before.drained) {
@@ -163,6 +163,8 @@ impl Journal {
                 Run { number: last.number + 1, incarnation: now.max(last.incarnation.next()), terms }
             }
         };
+        // Not before the file is this run's: until then the run before may renew leases.
+        let began = clock();
         let unrenewed = before.on_begin(&began).into_iter().map(Record::Opened);
         let records: Vec<Record> = std::iter::once(Record::Began(run)).chain(unrenewed).collect();
         file.append(&records).map_err(|error| match error {

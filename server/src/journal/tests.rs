@@ -45,7 +45,7 @@ fn take(path: &Path) -> (JournalFile, History) {
 }
 
 fn open(path: &Path, at: u64) -> Opened {
-    Journal::open(path, Takeover::Never, now(at), LeaseTerms::default(), boot_moment(at)).unwrap()
+    Journal::open(path, Takeover::Never, now(at), LeaseTerms::default(), || boot_moment(at)).unwrap()
 }
 
 /// The one journal file that there is.
@@ -387,4 +387,19 @@ fn requests_that_come_together_are_durable_together() {
     drop(journal);
     opened.journal.close(None);
     assert_eq!(ids(&open(folder.path(), 2).before), (2..200).collect::<Vec<_>>());
+}
+
+/// A run that is taken over from renews leases until the file is not its own: what cannot be renewed any more is
+/// counted from no earlier moment.
+#[test]
+fn the_moment_from_which_leases_are_counted_is_after_the_takeover() {
+    let folder = tempfile::tempdir().unwrap();
+    let old = open(folder.path(), 1).journal;
+    let mut was_current = None;
+    let successor = Journal::open(folder.path(), Takeover::IfHeld, now(2), LeaseTerms::default(), || {
+        was_current = Some(old.is_current());
+        boot_moment(2)
+    });
+    assert_eq!(was_current, Some(false));
+    drop(successor);
 }

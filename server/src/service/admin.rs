@@ -13,6 +13,7 @@ use crate::completion::WaitingRound;
 use crate::directory::AddressSpace;
 use crate::host::Host;
 use crate::listen::require_leave;
+use crate::session::task::Evicted;
 use crate::session::{SessionHandle, task};
 
 /// The most entries of one page.
@@ -130,10 +131,11 @@ impl AdminService for Admin {
         request: Request<v1::EvictSessionRequest>,
     ) -> Result<Response<v1::EvictSessionResponse>, Status> {
         require_leave(&request)?;
-        let id = request.into_inner().session_id;
+        let v1::EvictSessionRequest { session_id: id, is_cut_off } = request.into_inner();
         let session = convert::session_id(id, "session_id")?;
-        task::evict(&self.host, session).map_err(|_| crate::status::session_unknown(id))?;
-        tracing::info!(session = id, "an administrator ended a session");
+        let device = if is_cut_off { Evicted::CutOff } else { Evicted::MayStillRun };
+        task::evict(&self.host, session, device).map_err(|_| crate::status::session_unknown(id))?;
+        tracing::warn!(session = id, is_cut_off, "an administrator ended a session");
         Ok(Response::new(v1::EvictSessionResponse {}))
     }
 }

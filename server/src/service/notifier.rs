@@ -207,7 +207,7 @@ impl NotifierService for Notifiers {
                     Err(gone) => Some(self.host.releases().find(address_space, &id).ok_or(gone)?),
                 };
                 match release {
-                    Some(release) => release.outcome().await?,
+                    Some(release) => release.outcome(self.host.bound()).await?,
                     None => return Err(NotifyError::Released(address_space).into()),
                 }
             }

@@ -489,6 +489,10 @@ impl State {
     fn end(&mut self, reason: Reason, message: impl Into<String>, now: Moment, effects: &mut Effects<Token>) {
         self.line.last_word.get_or_insert_with(|| SessionError::fatal(reason, message));
         self.session.on_ended(now, effects);
+        if !self.ever_subscribed {
+            // It holds nothing, so nobody is to be waited for.
+            self.session.on_left(now, effects);
+        }
     }
 
     fn leave(&mut self, now: Moment, effects: &mut Effects<Token>) {

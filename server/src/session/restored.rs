@@ -95,7 +95,9 @@ impl SessionHandle {
         let state = self.state.lock();
         let session = &state.session;
         let outbox = session.outbox();
-        if session.phase().is_over() || outbox.pending() > 0 || outbox.unacked() > 0 {
+        // What is pending now are hints without a round, which nobody misses: with a round its address space is
+        // left out, and the session with it.
+        if !session.is_resumable() || outbox.unacked() > 0 {
             return None;
         }
         let subscription = |(id, held): (&SubscriptionId, &Held)| {
@@ -128,8 +130,8 @@ impl SessionHandle {
             let counted = state.session.try_subscribe(subscription.ranges.len());
             counted.expect("a restored session has room for what it is given");
             let ranges = subscription.ranges.clone();
-            // Its answer came with the run before.
-            let asked = Asked { request: RequestId::MIN, on: state.line.id };
+            // Its answer came with the run before. No device numbers its requests as far as that.
+            let asked = Asked { request: RequestId::MAX, on: state.line.id };
             let (space, causes) = (Arc::clone(space), subscription.causes);
             let held = Held { space, ranges, causes, asked, answer: None };
             state.hold(subscription.id, held);

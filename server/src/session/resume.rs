@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use shootdown_core::session::ResumeError;
+use shootdown_core::session::{Enforcement, ResumeError};
 use shootdown_core::{Incarnation, Moment, PageSize, SessionId};
 use shootdown_proto::message::{Hello, HostSays, Resume, ResumePoint, Welcome};
 
@@ -38,6 +38,8 @@ pub(super) enum Flush {
     OtherDevice(SessionId),
     #[error("it is a session of device incarnation {of}, and this is {now}")]
     OtherRun { of: Incarnation, now: Incarnation },
+    #[error("the device says other things of itself than when it opened session {0}")]
+    Changed(SessionId),
     #[error(transparent)]
     Refused(#[from] ResumeError),
 }
@@ -61,6 +63,10 @@ pub(super) fn resume(host: &Host, hello: &Hello, point: ResumePoint, terms: Term
     }
     if handle.incarnation != hello.incarnation {
         return Err(Flush::OtherRun { of: handle.incarnation, now: hello.incarnation });
+    }
+    let enforces = handle.enforcement == Enforcement::ByDevice;
+    if (enforces, handle.change_pte) != (hello.enforces_lease, hello.change_pte) {
+        return Err(Flush::Changed(point.session));
     }
     let line = handle.go_on(point, own, terms)?;
     tracing::info!(session = handle.id.get(), device = %handle.device, "session resumed");

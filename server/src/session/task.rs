@@ -174,12 +174,24 @@ fn heartbeat(host: &Host, handle: &SessionHandle, on: LineId, request: RequestId
     }
 }
 
+/// What is known of the device of a session that is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Evicted {
+    MayStillRun,
+    /// It cannot reach the memory any more: somebody vouches for that.
+    CutOff,
+}
+
 /// Ends a session by its id.
-pub(crate) fn evict(host: &Host, session: SessionId) -> Result<(), Reason> {
+pub(crate) fn evict(host: &Host, session: SessionId, device: Evicted) -> Result<(), Reason> {
     let handle = host.registry().get(session).ok_or(Reason::SessionUnknown)?;
     if matches!(handle.phase(), Phase::Fenced | Phase::Gone) {
         return Err(Reason::SessionUnknown);
     }
-    handle.evict();
+    match device {
+        Evicted::MayStillRun => handle.evict(),
+        // The administrator's word is a fencer's (FenceIsPositive).
+        Evicted::CutOff => handle.fence(),
+    }
     Ok(())
 }

@@ -151,7 +151,7 @@ impl Agent {
 
     pub async fn evict(&self, session_id: u64) {
         let mut admin = v1::admin_service_client::AdminServiceClient::new(self.channel("admin.sock").await);
-        admin.evict_session(v1::EvictSessionRequest { session_id }).await.unwrap();
+        admin.evict_session(v1::EvictSessionRequest { session_id, is_cut_off: false }).await.unwrap();
     }
 
     /// A round over `range`, in a task of its own.

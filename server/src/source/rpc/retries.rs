@@ -16,17 +16,18 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use shootdown_core::round::TargetReport;
 use shootdown_core::{AddrRange, AddressSpaceId, Cause, Method, OwnerTag, Seq};
 use shootdown_proto::message::CallId;
-use tokio::sync::{OnceCell, SetOnce};
+use tokio::sync::{OnceCell, mpsc, watch};
 
 use crate::completion::WaitingRound;
 use crate::dispatch::Dispatched;
 use crate::host::Host;
-use crate::source::{Notifier as _, NotifyError, RoundResult};
+use crate::source::{NotifyError, RoundResult};
 
 /// Settled calls of one address space whose outcome is remembered. A caller tries again within seconds,
 /// and has at most a few hundred calls in flight.
@@ -92,6 +93,14 @@ enum Known {
     Ended(Seq),
 }
 
+/// Calls that the next run may be asked for again.
+#[derive(Debug, Default)]
+pub(crate) struct ToTryAgain {
+    /// Those that opened brackets which are open still.
+    pub(crate) starts: BTreeMap<Seq, (CallId, MayWait)>,
+    pub(crate) ends: Vec<(CallId, Seq)>,
+}
+
 /// One request, however often it is tried.
 #[derive(Debug)]
 struct Once {
@@ -150,8 +159,8 @@ impl Retries {
 
     /// The calls that a planned end of this run leaves open for a further try: those that opened brackets which
     /// are open still, by the sequences of these, and the ends.
-    pub(crate) fn to_try_again(&self) -> (BTreeMap<Seq, (CallId, MayWait)>, Vec<(CallId, Seq)>) {
-        let (mut starts, mut ends) = (BTreeMap::new(), Vec::new());
+    pub(crate) fn to_try_again(&self) -> ToTryAgain {
+        let ToTryAgain { mut starts, mut ends } = ToTryAgain::default();
         for (id, known) in &self.table.lock().calls {
             match known {
                 Known::Round { once, .. } => {
@@ -164,7 +173,7 @@ impl Retries {
                 Known::Ended(seq) => ends.push((id.clone(), *seq)),
             }
         }
-        (starts, ends)
+        ToTryAgain { starts, ends }
     }
 
     /// A call that opened its bracket in the run before.
@@ -291,14 +300,24 @@ struct ReleaseTable {
 #[derive(Debug)]
 pub(crate) struct Release {
     id: CallId,
-    outcome: SetOnce<Result<RoundResult, NotifyError>>,
+    /// It may be NotQuiesced at first, and better later.
+    outcome: watch::Sender<Option<Result<RoundResult, NotifyError>>>,
 }
 
 impl Release {
     /// # Cancel safety
     /// Cancel safe: the release has a task of its own.
-    pub(crate) async fn outcome(&self) -> Result<RoundResult, NotifyError> {
-        self.outcome.wait().await.clone()
+    pub(crate) async fn outcome(&self, bound: Duration) -> Result<RoundResult, NotifyError> {
+        let mut outcome = self.outcome.subscribe();
+        let is_good = |outcome: &Option<Result<RoundResult, NotifyError>>| {
+            outcome.as_ref().is_some_and(|outcome| outcome.as_ref().is_ok_and(RoundResult::is_quiesced))
+        };
+        // A try that comes after NOT_QUIESCED waits on, for as long as the first did.
+        if outcome.borrow().is_some() {
+            drop(tokio::time::timeout(bound, outcome.wait_for(is_good)).await);
+        }
+        let told = outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
+        told.ok().flatten().unwrap_or(Err(NotifyError::Stopping))
     }
 }
 
@@ -316,7 +335,7 @@ impl Releases {
         if let Some(release) = table.by_space.get(&address_space) {
             return (release.id == id).then(|| Arc::clone(release));
         }
-        let release = Arc::new(Release { id, outcome: SetOnce::new() });
+        let release = Arc::new(Release { id, outcome: watch::Sender::new(None) });
         table.by_space.insert(address_space, Arc::clone(&release));
         drop(table);
         let (host, task) = (host.clone(), Arc::clone(&release));
@@ -324,20 +343,27 @@ impl Releases {
         // Owned by a task: the caller may go away, and comes back for the outcome.
         drop(tasks.spawn_on(
             async move {
-                let outcome = host.release(address_space).await;
-                host.releases().on_done(address_space, outcome.is_ok());
-                task.outcome.set(outcome).expect("only this task sets it, once");
+                let (tell, mut told) = mpsc::channel(2);
+                host.release_telling(address_space, tell);
+                while let Some(outcome) = told.recv().await {
+                    host.releases().on_told(address_space, &outcome);
+                    task.outcome.send_replace(Some(outcome));
+                }
             },
             &control,
         ));
         Some(release)
     }
 
-    fn on_done(&self, address_space: AddressSpaceId, took_effect: bool) {
+    fn on_told(&self, address_space: AddressSpaceId, outcome: &Result<RoundResult, NotifyError>) {
         let mut table = self.table.lock();
-        if !took_effect {
-            table.by_space.remove(&address_space);
-            return;
+        match outcome {
+            Err(_) => {
+                table.by_space.remove(&address_space);
+                return;
+            }
+            Ok(result) if !result.is_quiesced() => return,
+            Ok(_) => {}
         }
         table.done.push_back(address_space);
         if table.done.len() > MOST_RELEASES_KEPT
@@ -358,7 +384,7 @@ mod tests {
     use super::*;
     use crate::config::Settings;
     use crate::source::rpc::RpcSource;
-    use crate::source::{Invalidation, Wait};
+    use crate::source::{Invalidation, Notifier as _, Wait};
 
     /// A host agent without sockets, and an address space that nobody subscribes to.
     struct Bench {
@@ -493,7 +519,7 @@ mod tests {
         for _ in 0..=MOST_RELEASES_KEPT {
             let space = bench.host.register("test", Arc::new(RpcSource::default())).unwrap();
             let release = Releases::begin(&bench.host, space, call_id("bye")).unwrap();
-            assert!(release.outcome().await.unwrap().is_quiesced());
+            assert!(release.outcome(Duration::ZERO).await.unwrap().is_quiesced());
         }
         let table = bench.host.releases().table.lock();
         assert_eq!((table.by_space.len(), table.done.len()), (MOST_RELEASES_KEPT, MOST_RELEASES_KEPT));

@@ -25,21 +25,64 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::runtime::Handle;
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, Router};
 
-use crate::host::Host;
+use crate::config::StateConfig;
+use crate::handover;
+use crate::host::{Host, HostConfig};
+use crate::journal::{JournalError, Writer};
 use crate::listen::Peer;
+use crate::restart::Restart;
 use crate::serve;
 use crate::service::admin::Admin;
 use crate::service::device::Devices;
 use crate::service::notifier::Notifiers;
 use crate::service::page::Pages;
+use crate::session::Then;
 use crate::shard;
 use crate::source::memory::FrameStore;
+use crate::start;
 use crate::vigil::Vigil;
 use crate::watchdog;
+
+/// A host agent that goes on where the run before stopped which had the same state directory. Its journal is
+/// written by whoever has something to write: nothing that this runtime does depends on another thread, and
+/// everybody on it waits for the disk. [`start()`](crate::start()) has a thread for it.
+///
+/// Its sessions' tasks run on `control`, from here on.
+///
+/// # Errors
+/// [`JournalError`]: nothing was started.
+pub fn restarted(mut config: HostConfig, control: Handle, state: StateConfig) -> Result<Host, JournalError> {
+    let (restart, history) = start::remember(Some(state), Writer::Caller, &mut config)?;
+    let host = Host::restarted(config, control, restart);
+    // Before anybody can register, subscribe or ask.
+    Restart::bring_back(&host, history);
+    Ok(host)
+}
+
+/// A planned end, of a host agent that was [`restarted`]: devices are told to come back, rounds are waited for
+/// for at most `patience`, streams are cut, and what a successor needs to go on is written down. Address spaces
+/// whose source is in this program are released before. Nothing more may be asked of `host` afterwards.
+///
+/// # Cancel safety
+/// Dropped, nothing is written down: to the successor it was a crash.
+pub async fn hand_over(host: &Host, patience: Duration) {
+    host.stopping().cancel();
+    let sessions = host.registry().list();
+    sessions.iter().for_each(|session| session.drain(patience, Then::Resume));
+    if tokio::time::timeout(patience, handover::quiet(host)).await.is_err() {
+        tracing::warn!(rounds = host.rounds_in_flight(), "not all is quiet; what is not is left out");
+    }
+    // In one step of the one runtime that everything is on: nothing changes between the two.
+    host.registry().list().iter().for_each(|session| session.cut());
+    if let Some(journal) = host.restart().journal() {
+        journal.clone().close(host.is_current().then(|| handover::record(host)));
+    }
+}
 
 /// Serves devices on `connections` until `stop`: their sessions live on this runtime, as do the rounds that
 /// wait for them. An item that is an error is passed over; the end of the stream accepts no more.

@@ -203,7 +203,9 @@ impl Host {
         self.0.config.source_fault_timeout
     }
 
-    pub(crate) fn incarnation(&self) -> Incarnation {
+    /// Which run this is.
+    #[must_use]
+    pub fn incarnation(&self) -> Incarnation {
         self.0.config.incarnation
     }
 
@@ -303,6 +305,11 @@ impl Host {
         wait: Wait,
         called: Moment,
     ) -> Result<Dispatched, NotifyError> {
+        // A replacement is a grant, and nothing is granted while somebody is waited for since a restart (RestartGrace).
+        let mut call = call;
+        if matches!(call.method, Method::ChangePte(_)) && !self.0.restart.is_accounted_for() {
+            call.method = Method::Invalidate;
+        }
         let leave = match wait {
             Wait::NotAtAll => Leave::NotToWait,
             Wait::ForTargets | Wait::AtMost(_) => {

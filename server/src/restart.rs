@@ -158,13 +158,18 @@ impl Restart {
         }
     }
 
+    /// Whether nobody can hold a lease of an earlier run.
+    pub(crate) fn is_accounted_for(&self) -> bool {
+        self.journal.is_none() || self.survivors.accounted_for.initialized()
+    }
+
     /// Returns when nobody can hold a lease of an earlier run.
     ///
     /// # Errors
     /// [`GraceError`] when the grace is over and somebody is left who cannot be waited out.
     pub(crate) async fn accounted_for(&self, clock: Clock) -> Result<(), GraceError> {
         let survivors = &self.survivors;
-        if survivors.accounted_for.initialized() || self.journal.is_none() {
+        if self.is_accounted_for() {
             return Ok(());
         }
         let ends = survivors.grace_ends.get().copied().unwrap_or_default();

@@ -19,7 +19,7 @@ use crate::clock::Clock;
 use crate::config::{Config, StateConfig};
 use crate::handover;
 use crate::host::{Host, HostConfig};
-use crate::journal::{self, BootMoment, History, Journal, JournalError, Takeover};
+use crate::journal::{self, BootMoment, History, Journal, JournalError, Takeover, Writer};
 use crate::listen::{Accepted, Acceptor, Connection, Leave, ListenAddr, Listener};
 use crate::restart::Restart;
 use crate::serve::{self, MOST_PAGE_BYTES};
@@ -149,7 +149,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     let stop_on_drop = stop.clone().drop_guard();
 
     // After the sockets, which fail more often: what a planned end left is good for one run.
-    let (restart, history) = remember(state, &mut host)?;
+    let (restart, history) = remember(state, Writer::Thread, &mut host)?;
     let host = Host::restarted(host, control.handle.clone(), restart);
     // Before anybody can register, subscribe or ask.
     Restart::bring_back(&host, history);
@@ -224,10 +224,14 @@ fn takeover(state: Option<&StateConfig>) -> Result<Takeover, JournalError> {
 }
 
 /// Takes the state directory, and finds out which run this is and what the runs before left.
-fn remember(state: Option<StateConfig>, host: &mut HostConfig) -> Result<(Restart, History), JournalError> {
+pub(crate) fn remember(
+    state: Option<StateConfig>,
+    writer: Writer,
+    host: &mut HostConfig,
+) -> Result<(Restart, History), JournalError> {
     let Some(StateConfig { dir, takeover }) = state else { return Ok((Restart::none(), History::default())) };
     let now = || BootMoment { boot_id: Clock::id(), at: host.clock.now() };
-    let opened = Journal::open(&dir, takeover, host.incarnation, host.session.lease, now)?;
+    let opened = Journal::open(&dir, takeover, writer, host.incarnation, host.session.lease, now)?;
     host.incarnation = opened.run.incarnation;
     Ok(Restart::on(opened))
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::oracle::{Flush, History, Round, Violation};
+use crate::oracle::{Flush, History, Install, Round, Use, Violation};
 use crate::trace::{Called, Life, Outcome, Patience, Scope, Target, Verdict, What};
 
 /// A check, and the name of its invariant.
@@ -25,6 +25,8 @@ pub const ALL: &[Check] = &[
     ("FenceIsPositive", fence_is_positive),
     ("Isolation", isolation),
     ("BoundedResolution", bounded_resolution),
+    ("ResumeOrFlush", resume_or_flush),
+    ("RestartGrace", restart_grace),
     ("NothingIsLeft", nothing_is_left),
 ];
 
@@ -189,7 +191,9 @@ pub fn pairing(history: &History) -> Vec<Violation> {
         // Nobody knows whether one that was abandoned had started; it has one end either way.
         let started = round.dispatched().is_some() || !round.abandoned.is_empty();
         let due = usize::from(round.called == Called::RangeStart && started);
-        (ends != due).then(|| Violation {
+        // With the host agent all its brackets are gone.
+        let is_gone = round.outlived_host && ends == 0;
+        (ends != due && !is_gone).then(|| Violation {
             invariant: "Pairing",
             at: round.at,
             what: format!("{:?} has {ends} ends; {:?}", round.op, round.refused),
@@ -284,9 +288,7 @@ pub fn timeout_is_not_ack(history: &History) -> Vec<Violation> {
 pub fn fence_is_positive(history: &History) -> Vec<Violation> {
     let early = history.resolved().filter(|(_, target, ..)| target.outcome == Outcome::Fenced);
     let early = early.filter_map(|(round, target, fenced, life)| {
-        let life = life?;
-        let mut before = history.lives[&life].leases.iter().filter(|(at, _)| *at <= fenced);
-        let until = before.next_back().and_then(|(_, until)| *until)?;
+        let until = history.lease_at(life?, fenced)?;
         (until > fenced).then(|| Violation {
             invariant: "FenceIsPositive",
             at: fenced,
@@ -324,7 +326,7 @@ pub fn bounded_resolution(history: &History) -> Vec<Violation> {
         let Some(dispatched) = round.dispatched() else { continue };
         let (resolved, unresolved) = match round.quiesced() {
             Some((_, resolved)) => (resolved, ""),
-            None if round.refused.is_empty() => (history.end, "not "),
+            None if round.refused.is_empty() && !round.outlived_host => (history.end, "not "),
             None => continue,
         };
         // Those that were before it and wait as well: behind a window that is full, each has its own turn.
@@ -344,11 +346,107 @@ pub fn bounded_resolution(history: &History) -> Vec<Violation> {
     violations
 }
 
+/// A session that goes on has missed nothing; one that does not has flushed everything before its device is
+/// granted anything again.
+pub fn resume_or_flush(history: &History) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    let resumed = history.uses.values().filter_map(|used| {
+        let life = &history.lives[&used.life];
+        let before = life.resumed.iter().filter(|resumed| **resumed <= used.began);
+        before.max().map(|resumed| (used, life, *resumed))
+    });
+    for (used, life, resumed) in resumed {
+        let Some(installed) = installed_before(history, used) else { continue };
+        // Withdrawn while it had no connection, or at any other time since.
+        let missed = history.rounds.values().find(|round| {
+            let is_newer = round.dispatched().is_some_and(|at| installed < at);
+            let stopped = round.last_targets().iter().any(|target| {
+                Some(target.session) == life.session && target.resolved.is_some_and(|at| at < used.began)
+            });
+            let holds = round.pages.holds(used.space, used.page);
+            is_newer && stopped && holds && round.withdraws() && !round.installs(used.frame)
+        });
+        violations.extend(missed.map(|round| Violation {
+            invariant: "ResumeOrFlush",
+            at: used.began,
+            what: format!(
+                "{:?}, resumed at {resumed:?}, uses {:?}, which {:?} had withdrawn",
+                used.life, used.frame, round.op
+            ),
+        }));
+    }
+    let unknown = history.uses.values().filter(|used| installed_before(history, used).is_none());
+    violations.extend(unknown.map(|used| Violation {
+        invariant: "ResumeOrFlush",
+        at: used.began,
+        what: format!("{:?} uses {:?}, which it was never granted", used.life, used.frame),
+    }));
+    for (name, life) in &history.lives {
+        let granted = history.installs.iter().filter(|install| install.life == *name);
+        let Some(first) = granted.map(|install| install.at).min() else { continue };
+        let unflushed = history.lives.iter().filter(|(earlier, other)| {
+            let same = (other.device, other.start) == (life.device, life.start);
+            same && *earlier < name && other.opened.is_some() && !history.has_ended(**earlier, first)
+        });
+        violations.extend(unflushed.map(|(earlier, _)| Violation {
+            invariant: "ResumeOrFlush",
+            at: first,
+            what: format!("{name:?} is granted something, and {earlier:?} has not flushed everything"),
+        }));
+    }
+    violations
+}
+
+/// When what is used was granted.
+fn installed_before(history: &History, used: &Use) -> Option<Duration> {
+    let granted = history.installs.iter().filter(|install| {
+        let same = (install.life, install.space, install.page, install.frame)
+            == (used.life, used.space, used.page, used.frame);
+        same && install.at <= used.began
+    });
+    granted.map(|install| install.at).max()
+}
+
+/// After a crash nothing is released and nothing granted while a device may use what a run before granted.
+pub fn restart_grace(history: &History) -> Vec<Violation> {
+    // The sessions of earlier runs that hold a lease at the time.
+    let holds = |host: u64, at: Duration| {
+        history.lives.iter().find(move |(name, life)| {
+            let opened = life.opened.is_some() && life.host < host;
+            opened
+                && history.lease_at(**name, at).is_some_and(|until| until > at)
+                && !history.has_ended(**name, at)
+        })
+    };
+    let mut violations = Vec::new();
+    for round in history.rounds.values().filter(|round| round.withdraws()) {
+        let Some((_, resolved)) = round.quiesced() else { continue };
+        violations.extend(holds(round.host, resolved).map(|(holder, _)| Violation {
+            invariant: "RestartGrace",
+            at: resolved,
+            what: format!("{:?} is quiesced, and {holder:?} of a run before holds a lease", round.op),
+        }));
+    }
+    // What a notice replaces is no grant: as in any round, others may still have the page that was there.
+    let replacement = |install: &Install| history.rounds.values().any(|round| round.installs(install.frame));
+    for install in history.installs.iter().filter(|install| !replacement(install)) {
+        let host = history.lives[&install.life].host;
+        violations.extend(holds(host, install.at).map(|(holder, _)| Violation {
+            invariant: "RestartGrace",
+            at: install.at,
+            what: format!(
+                "{:?} is granted a page, and {holder:?} of a run before holds a lease",
+                install.life
+            ),
+        }));
+    }
+    violations
+}
+
 /// When every fault is healed and every device has left, the host agent has nothing left.
 pub fn nothing_is_left(history: &History) -> Vec<Violation> {
-    let nothing = What::Left { sessions: 0, rounds: 0, brackets: 0, subscriptions: 0 };
     match &history.left {
-        Some((_, left)) if *left == nothing => Vec::new(),
+        Some((_, left)) if *left == What::NOTHING_LEFT => Vec::new(),
         left => {
             let what = format!("{left:?}");
             vec![Violation { invariant: "NothingIsLeft", at: history.end, what }]

@@ -56,6 +56,11 @@ impl SkewedClock {
         Moment::from_nanos(self.origin + u64::try_from(ran).unwrap())
     }
 
+    /// How long it is, in virtual time, until as much has passed on it.
+    pub fn lasts(self, shown: Duration) -> Duration {
+        Self { origin: 0, ..self }.when(Moment::from_nanos(u64::try_from(shown.as_nanos()).unwrap()))
+    }
+
     /// The first virtual time at which it shows `moment`.
     pub fn when(self, moment: Moment) -> Duration {
         let ran = i128::from(moment.as_nanos().saturating_sub(self.origin)) * 1_000_000;

@@ -12,8 +12,10 @@ use shootdown_client::{
     Incarnation, Mapping, SubscribeOptions, Subscription,
 };
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use crate::clock::virtual_now;
+use crate::cuttable::Cuttable;
 use crate::memory::{PAGES, range_of};
 use crate::plan::{Broken, DevicePlan, Table, millis};
 use crate::shared::{Shared, Stage};
@@ -36,7 +38,7 @@ pub async fn run(shared: Arc<Shared>, plan: DevicePlan) -> turmoil::Result {
         let incarnation = Incarnation::new(start).expect("starts are counted from 1");
         tries += 1;
         let life = shared.trace.next_life();
-        shared.trace.record(What::Connecting { life, device: plan.index });
+        shared.trace.record(What::Connecting { life, device: plan.index, start });
         let seed = rng.random();
         let tlb = Arc::new(SimTlb::new(Arc::clone(&shared), life, plan.clone(), seed));
         match Device::connect(config(&shared, &plan, incarnation), tlb).await {
@@ -52,7 +54,7 @@ pub async fn run(shared: Arc<Shared>, plan: DevicePlan) -> turmoil::Result {
     Ok(())
 }
 
-fn config(shared: &Shared, plan: &DevicePlan, incarnation: Incarnation) -> DeviceConfig {
+fn config(shared: &Arc<Shared>, plan: &DevicePlan, incarnation: Incarnation) -> DeviceConfig {
     let device = DeviceId::new(&name(plan.index)).expect("it is short");
     let endpoint = Endpoint::Tcp { host: AGENT.to_owned(), port: PORT };
     let mut config = DeviceConfig::new(device, endpoint);
@@ -65,7 +67,8 @@ fn config(shared: &Shared, plan: &DevicePlan, incarnation: Incarnation) -> Devic
     config.connect_timeout = millis(300);
     config.keepalive = millis(80);
     config.busy_poll = Duration::ZERO;
-    config.connector = Connector::from_fn(connect);
+    let (world, index) = (Arc::clone(shared), plan.index);
+    config.connector = Connector::from_fn(move |endpoint| connect(endpoint, world.begin_connection(index)));
     let clock = plan.clock;
     config.clock = match shared.plan.broken {
         Broken::DeviceClock => {
@@ -77,9 +80,12 @@ fn config(shared: &Shared, plan: &DevicePlan, incarnation: Incarnation) -> Devic
     config
 }
 
-async fn connect(endpoint: Endpoint) -> io::Result<turmoil::net::TcpStream> {
+async fn connect(endpoint: Endpoint, cut: CancellationToken) -> io::Result<Cuttable> {
     match endpoint {
-        Endpoint::Tcp { host, port } => turmoil::net::TcpStream::connect((host, port)).await,
+        Endpoint::Tcp { host, port } => {
+            let stream = turmoil::net::TcpStream::connect((host, port)).await?;
+            Ok(Cuttable::new(stream, cut))
+        }
         Endpoint::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
     }
 }
@@ -100,7 +106,8 @@ impl Session<'_> {
     /// Until the session is lost, or the device leaves.
     async fn live(self, rng: &mut StdRng) {
         let Self { shared, plan, life, device } = &self;
-        shared.trace.record(What::Opened { life: *life, session: device.session_id().get() });
+        let (session, host) = (device.session_id().get(), device.host_incarnation().get());
+        shared.trace.record(What::Opened { life: *life, session, host });
         shared.watch_lease(*life, plan.clock, device.gate());
         let mut workers = JoinSet::new();
         for _ in 0..plan.workers {
@@ -111,6 +118,7 @@ impl Session<'_> {
             // First: there is nothing to drive any more.
             biased;
             _ = device.lost() => {}
+            () = self.tell_resumes() => {}
             () = shared.until(Stage::Quiet) => {}
             () = self.drive(rng) => {}
         }
@@ -118,6 +126,14 @@ impl Session<'_> {
         workers.shutdown().await;
         let end = device.leave().await;
         shared.trace.record(What::Closed { life: *life, cause: format!("{}", Chain(&end.cause)) });
+    }
+
+    /// Writes down each resume. Does not return.
+    async fn tell_resumes(&self) {
+        for count in 1.. {
+            self.device.resumed(count).await;
+            self.shared.trace.record(What::Resumed { life: self.life });
+        }
     }
 
     /// Subscribes to what there is, and leaves now and then. Returns when the device is to leave.

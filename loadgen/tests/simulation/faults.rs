@@ -34,13 +34,22 @@ pub enum Fault {
     PowerLoss(usize),
     /// Flushes do not return.
     Hang(usize),
+    /// The device's connections are lost, and it can connect again at once.
+    Cut(usize),
     /// Each message may break its connection for good, with every device.
     Loss,
+    /// The host agent stops without a word, and the calls of its source with it; the kernel of its machine
+    /// still closes its sockets. Its next run finds its journal.
+    AgentCrash,
+    /// The same, and nobody closes anything.
+    AgentPowerLoss,
+    /// The host agent stops as planned, and its successor goes on.
+    Handover,
 }
 
 /// From a quiet world to one where several things go wrong at once.
 pub fn draw(devices: usize, terms: &LeaseTerms, rng: &mut StdRng) -> Vec<Planned> {
-    let count = rng.random_range(0..7);
+    let count = rng.random_range(0..9);
     let mut faults: Vec<_> = (0..count).map(|_| draw_one(devices, terms, rng)).collect();
     faults.sort_by_key(|planned| planned.at);
     faults
@@ -48,7 +57,7 @@ pub fn draw(devices: usize, terms: &LeaseTerms, rng: &mut StdRng) -> Vec<Planned
 
 fn draw_one(devices: usize, terms: &LeaseTerms, rng: &mut StdRng) -> Planned {
     let device = rng.random_range(0..devices);
-    let fault = match rng.random_range(0..15) {
+    let fault = match rng.random_range(0..25) {
         0..3 => Fault::Partition(device),
         3 => Fault::DeafDevice(device),
         4 => Fault::MuteDevice(device),
@@ -56,7 +65,11 @@ fn draw_one(devices: usize, terms: &LeaseTerms, rng: &mut StdRng) -> Planned {
         7..9 => Fault::Crash(device),
         9..11 => Fault::PowerLoss(device),
         11..14 => Fault::Hang(device),
-        _ => Fault::Loss,
+        14 => Fault::Loss,
+        15..19 => Fault::Cut(device),
+        19..21 => Fault::AgentCrash,
+        21..23 => Fault::AgentPowerLoss,
+        _ => Fault::Handover,
     };
     let lease = u64::try_from(terms.duration.as_millis()).unwrap();
     // Some are over before anybody notices, some outlast the lease, and some hangs the bound of a round.
@@ -69,28 +82,45 @@ fn draw_one(devices: usize, terms: &LeaseTerms, rng: &mut StdRng) -> Planned {
 impl Fault {
     /// Whether the end of one would end the other, or could not be told from it.
     pub fn interferes(self, other: Self) -> bool {
-        match (self.device(), other.device()) {
-            (Some(one), Some(two)) => {
-                let hang = |fault| matches!(fault, Self::Hang(_));
-                one == two && hang(self) == hang(other)
-            }
-            // Message loss is of the whole network.
-            (None, None) => true,
-            (None, Some(_)) => !matches!(other, Self::Hang(_)),
-            (Some(_), None) => !matches!(self, Self::Hang(_)),
+        use Of::{Agent, Device, Link, Moment, Network};
+        match (self.of(), other.of()) {
+            (Moment, _) | (_, Moment) | (Device(_) | Link(_), Agent) | (Agent, Device(_) | Link(_)) => false,
+            (Device(one), Device(two)) | (Link(one), Link(two)) => one == two,
+            (Device(_), Link(_) | Network) | (Link(_) | Network, Device(_)) => false,
+            (Network, Link(_) | Network | Agent) | (Link(_) | Agent, Network) | (Agent, Agent) => true,
         }
     }
 
-    fn device(self) -> Option<usize> {
+    pub const fn is_of_agent(self) -> bool {
+        matches!(self, Self::AgentCrash | Self::AgentPowerLoss | Self::Handover)
+    }
+
+    const fn of(self) -> Of {
         match self {
+            Self::Hang(device) => Of::Device(device),
             Self::Partition(device)
             | Self::DeafDevice(device)
             | Self::MuteDevice(device)
             | Self::Hold(device)
             | Self::Crash(device)
-            | Self::PowerLoss(device)
-            | Self::Hang(device) => Some(device),
-            Self::Loss => None,
+            | Self::PowerLoss(device) => Of::Link(device),
+            Self::Cut(_) => Of::Moment,
+            Self::Loss | Self::AgentPowerLoss => Of::Network,
+            Self::AgentCrash | Self::Handover => Of::Agent,
         }
     }
+}
+
+/// What a fault is of.
+#[derive(Clone, Copy)]
+enum Of {
+    /// A device's flushes.
+    Device(usize),
+    /// A device, and its way to the host agent.
+    Link(usize),
+    /// Everybody's way to the host agent.
+    Network,
+    Agent,
+    /// It has no duration.
+    Moment,
 }

@@ -16,10 +16,12 @@ mod clock;
 mod world;
 mod level;
 mod shared;
+mod sockets;
 mod agent;
 mod memory;
 mod source;
 mod device;
+mod cuttable;
 mod tlb;
 mod trace;
 mod oracle;
@@ -46,7 +48,8 @@ fn no_invariant_is_broken_whatever_goes_wrong() {
     let asked_for = seeds::asked_for();
     let runs = seeds::on_all_cores(asked_for.clone().unwrap_or(SEEDS[0].clone()), |seed| {
         let run = world::run(Plan::draw(seed, Broken::Nothing));
-        let kinds: BTreeSet<_> = run.events.iter().flat_map(kinds).collect();
+        let mut kinds: BTreeSet<_> = run.events.iter().flat_map(kinds).collect();
+        kinds.extend(goes_on_with_successor(&run.events).then(|| "Resumed by a successor".to_owned()));
         Some((seeds::failure(&run), kinds))
     });
     let failures: Vec<_> = runs.iter().filter_map(|(failure, _)| failure.clone()).collect();
@@ -125,7 +128,26 @@ const KINDS: &[&str] = &[
     "begin PowerLoss",
     "begin Hang",
     "begin Loss",
+    "begin Cut",
+    "begin AgentCrash",
+    "begin AgentPowerLoss",
+    "begin Handover",
+    "HandedOver",
+    "Resumed",
+    "Resumed by a successor",
 ];
+
+/// Whether a device resumed its session in the run after a planned end.
+fn goes_on_with_successor(events: &[Event]) -> bool {
+    let is = |which: fn(&What) -> bool| move |event: &Event| which(&event.what);
+    let handed_over = events.iter().position(is(|what| *what == What::HandedOver));
+    let after = handed_over.map_or(&[][..], |at| &events[at..]);
+    let started = after.iter().position(is(|what| matches!(what, What::AgentStarted { .. })));
+    let run = started.map_or(&[][..], |at| &after[at..]);
+    run.iter()
+        .take_while(|event| event.what != What::AgentCrashed)
+        .any(is(|what| matches!(what, What::Resumed { .. })))
+}
 
 /// Words for what an event shows.
 fn kinds(event: &Event) -> Vec<String> {
@@ -163,6 +185,21 @@ fn a_source_that_takes_a_time_out_for_an_ack_is_found() {
 fn a_device_that_acks_before_its_uses_have_ended_is_found() {
     assert_eq!(found(Broken::AckBeforeUsesEnded, "AckMeansStopped"), Ok(()));
     assert_eq!(found(Broken::AckBeforeUsesEnded, "NoStaleUse"), Ok(()));
+}
+
+#[test]
+fn a_host_agent_that_has_forgotten_its_devices_is_found() {
+    assert_eq!(found(Broken::JournalLost, "RestartGrace"), Ok(()));
+}
+
+#[test]
+fn a_device_that_resumes_and_does_not_flush_what_it_missed_is_found() {
+    assert_eq!(found(Broken::ResumeSkipsFlush, "ResumeOrFlush"), Ok(()));
+}
+
+#[test]
+fn a_device_that_keeps_what_a_lost_session_was_granted_is_found() {
+    assert_eq!(found(Broken::TableOutlivesSession, "ResumeOrFlush"), Ok(()));
 }
 
 /// Whether the oracle finds that the invariant is broken, in one of the seeds.

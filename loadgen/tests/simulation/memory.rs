@@ -31,6 +31,9 @@ pub struct Memory {
     /// The last that was freed is the first to be used again.
     free: Vec<u64>,
     spaces: BTreeMap<u64, Space>,
+    /// Frames that are in no page table any more, and on whose behalf somebody asks the host agent; with their
+    /// address spaces.
+    asked_for: BTreeMap<Frame, u64>,
 }
 
 #[derive(Debug, Default)]
@@ -44,7 +47,12 @@ struct Space {
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { generations: vec![0; FRAMES], free: (0..FRAMES as u64).collect(), spaces: BTreeMap::new() }
+        Self {
+            generations: vec![0; FRAMES],
+            free: (0..FRAMES as u64).collect(),
+            spaces: BTreeMap::new(),
+            asked_for: BTreeMap::new(),
+        }
     }
 }
 
@@ -83,18 +91,31 @@ impl Memory {
         let fresh = Frame { index, generation: self.generations[index as usize] };
         trace.record(What::Mapped { space, page, frame: fresh });
         let table = &mut self.spaces.get_mut(&space).expect("the caller has looked it up").table;
-        Ok((fresh, table[page as usize].replace(fresh)))
+        let old = table[page as usize].replace(fresh);
+        self.asked_for.extend(old.map(|old| (old, space)));
+        Ok((fresh, old))
     }
 
     /// Clears the entries of pages.
     pub fn take(&mut self, space: u64, pages: Range<u64>) -> Vec<Frame> {
-        let Some(space) = self.spaces.get_mut(&space) else { return Vec::new() };
-        pages.filter_map(|page| space.table[page as usize].take()).collect()
+        let Some(found) = self.spaces.get_mut(&space) else { return Vec::new() };
+        let taken: Vec<_> = pages.filter_map(|page| found.table[page as usize].take()).collect();
+        self.asked_for.extend(taken.iter().map(|frame| (*frame, space)));
+        taken
+    }
+
+    /// The host agent has crashed, and nobody was answered: for each address space the frames on whose behalf it
+    /// must be asked again.
+    pub fn to_ask_again(&self) -> BTreeMap<u64, Vec<Frame>> {
+        let mut of_spaces = BTreeMap::<u64, Vec<Frame>>::new();
+        self.asked_for.iter().for_each(|(frame, space)| of_spaces.entry(*space).or_default().push(*frame));
+        of_spaces
     }
 
     /// The frames may be used again.
     pub fn free(&mut self, op: Op, frames: Vec<Frame>, trace: &Trace) {
         for frame in frames {
+            self.asked_for.remove(&frame);
             let generation = &mut self.generations[frame.index as usize];
             assert_eq!(*generation, frame.generation, "a frame is freed once");
             *generation += 1;
@@ -108,7 +129,10 @@ impl Memory {
         let found = self.spaces.get_mut(&space).expect("address spaces are not forgotten");
         match found.released {
             Some(op) => self.free(op, frames, trace),
-            None => found.orphans.extend(frames),
+            None => {
+                self.asked_for.retain(|frame, _| !frames.contains(frame));
+                found.orphans.extend(frames);
+            }
         }
     }
 

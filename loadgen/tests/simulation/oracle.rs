@@ -40,7 +40,7 @@ impl Bounds {
     pub fn of(plan: &Plan) -> Self {
         let windows = plan.devices.iter().map(|device| device.window.min(plan.window));
         let window = windows.min().unwrap_or(1) as usize;
-        Self { resolution: plan.resolution_bound(), turn: plan.ack_timeout, window }
+        Self { resolution: plan.resolution_bound(), turn: plan.host_clock.lasts(plan.ack_timeout), window }
     }
 }
 
@@ -62,6 +62,8 @@ pub struct History {
     /// When each allocation of a frame was freed, and on the strength of what.
     pub freed: BTreeMap<Frame, (Duration, Op)>,
     pub left: Option<(Duration, What)>,
+    /// The incarnation of the host agent's last run.
+    pub host: u64,
     pub end: Duration,
 }
 
@@ -70,6 +72,10 @@ pub struct History {
 pub struct Round {
     pub op: Op,
     pub at: Duration,
+    /// The incarnation of the host agent that was called.
+    pub host: u64,
+    /// That run has crashed since: what had not become of the call until then never will.
+    pub outlived_host: bool,
     pub called: Called,
     pub pages: Pages,
     pub patience: Patience,
@@ -84,7 +90,12 @@ pub struct Round {
 #[derive(Debug, Default)]
 pub struct LifeOf {
     pub device: usize,
+    pub start: u64,
     pub session: Option<u64>,
+    pub opened: Option<Duration>,
+    pub resumed: Vec<Duration>,
+    /// The incarnation of the host agent that welcomed it.
+    pub host: u64,
     pub leases: Vec<(Duration, Option<Duration>)>,
     /// By address space: when the device began to ask for a subscription, and when one had ended.
     pub subscribing: Vec<(Duration, u64)>,
@@ -132,6 +143,7 @@ impl History {
             installs: Vec::new(),
             freed: BTreeMap::new(),
             left: None,
+            host: 0,
             end: events.iter().map(|event| event.at).max().unwrap_or_default(),
         };
         events.iter().for_each(|event| history.add(event));
@@ -142,10 +154,26 @@ impl History {
         let at = *at;
         match what.clone() {
             What::Mapped { .. } | What::Subscribed { .. } | What::Closed { .. } | What::Fault(_) => {}
+            What::HandedOver => {}
+            What::AgentStarted { incarnation } => self.host = incarnation,
+            What::AgentCrashed => self.rounds.values_mut().for_each(|round| round.outlived_host = true),
             What::Call { op, called, pages, patience } => {
                 let (answers, ended) = (Vec::new(), Vec::new());
                 let (refused, abandoned) = (Vec::new(), Vec::new());
-                let round = Round { op, at, called, pages, patience, answers, ended, refused, abandoned };
+                let (host, outlived_host) = (self.host, false);
+                let round = Round {
+                    op,
+                    at,
+                    host,
+                    outlived_host,
+                    called,
+                    pages,
+                    patience,
+                    answers,
+                    ended,
+                    refused,
+                    abandoned,
+                };
                 self.rounds.insert(op, round);
             }
             What::Answered { op, answer } => self.round(op).answers.push((at, answer)),
@@ -153,8 +181,15 @@ impl History {
             What::Ended { op } => self.round(op).ended.push(at),
             What::Abandoned { op } => self.round(op).abandoned.push(at),
             What::Freed { op, frame } => drop(self.freed.insert(frame, (at, op))),
-            What::Connecting { life, device } => self.life(life).device = device,
-            What::Opened { life, session } => self.life(life).session = Some(session),
+            What::Connecting { life, device, start } => {
+                let life = self.life(life);
+                (life.device, life.start) = (device, start);
+            }
+            What::Opened { life, session, host } => {
+                let life = self.life(life);
+                (life.session, life.opened, life.host) = (Some(session), Some(at), host);
+            }
+            What::Resumed { life } => self.life(life).resumed.push(at),
             What::Lease { life, until } => self.life(life).leases.push((at, until)),
             What::Subscribing { life, space } => self.life(life).subscribing.push((at, space)),
             What::Unsubscribed { life, space } => self.life(life).unsubscribed.push((at, space)),
@@ -181,6 +216,22 @@ impl History {
 
     fn life(&mut self, life: Life) -> &mut LifeOf {
         self.lives.entry(life).or_default()
+    }
+
+    /// When the device's lease, on its own clock, ends, as far as it was renewed until `at`.
+    pub fn lease_at(&self, life: Life, at: Duration) -> Option<Duration> {
+        self.lives[&life].leases.iter().rfind(|(since, _)| *since <= at).and_then(|(_, until)| *until)
+    }
+
+    /// Whether the session has flushed everything at its end, until `at`.
+    pub fn has_ended(&self, life: Life, at: Duration) -> bool {
+        let opened = self.lives[&life].opened;
+        self.flushes.values().any(|flush| {
+            flush.life == life
+                && flush.scope == Scope::EverythingOfTheSession
+                && Some(flush.began) >= opened
+                && flush.ended.is_some_and(|ended| ended <= at)
+        })
     }
 
     /// The life that a session is of.

@@ -74,6 +74,12 @@ pub enum Broken {
     ReleaseOnTimeout,
     /// A flush does not wait for the uses that are going on.
     AckBeforeUsesEnded,
+    /// The host agent's state directory is emptied before it starts again.
+    JournalLost,
+    /// A device does not flush what it is told to after it has resumed its session.
+    ResumeSkipsFlush,
+    /// A device goes on with the translations of the session that it has lost.
+    TableOutlivesSession,
     /// The devices' clocks are further from real time than both sides were told.
     DriftBeyondBound,
 }
@@ -131,7 +137,7 @@ impl Plan {
     pub fn resolution_bound(&self) -> Duration {
         let lease = self.terms.host_duration();
         let tick = self.ack_timeout.min(lease) / 8 + millis(7);
-        self.ack_timeout + lease + tick
+        self.host_clock.lasts(self.ack_timeout + lease + tick)
     }
 }
 

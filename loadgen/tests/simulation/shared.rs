@@ -1,14 +1,20 @@
 //! What the actors of one world share besides the network: the world is one process.
 
+use std::collections::BTreeMap;
+
 use parking_lot::Mutex;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use shootdown_client::{Gate, Moment};
+use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 use crate::clock::SkewedClock;
 use crate::level::Level;
 use crate::memory::Memory;
 use crate::plan::Plan;
+use crate::sockets::Sockets;
+use crate::tlb::Entry;
 use crate::trace::{Life, Trace, What};
 
 /// A world, as its actors see it.
@@ -24,7 +30,24 @@ pub struct Shared {
     pub stopped: Level<usize>,
     /// By device: how often it was started.
     starts: Mutex<Vec<u64>>,
+    /// By device: what it should have flushed; see [`crate::plan::Broken::TableOutlivesSession`].
+    pub kept: Mutex<BTreeMap<usize, Vec<Entry>>>,
     leases: Mutex<Vec<Watched>>,
+    connections: Mutex<Vec<u64>>,
+    /// By device: cancelled when its connections are lost.
+    cuts: Mutex<Vec<CancellationToken>>,
+    /// The host agent's state directory: what outlives it.
+    pub state: TempDir,
+    /// How often the host agent was started.
+    runs: Mutex<u64>,
+    /// How often it was killed.
+    pub kills: Level<u64>,
+    /// What it has open.
+    pub sockets: Sockets,
+    /// How often it was asked to hand over.
+    pub handovers_asked: Level<u64>,
+    /// How often it has.
+    pub handovers: Level<u64>,
 }
 
 /// How far the world is.
@@ -59,7 +82,17 @@ impl Shared {
             stage: Level::new(Stage::Storm),
             stopped: Level::new(0),
             starts: Mutex::new(vec![0; devices]),
+            kept: Mutex::default(),
             leases: Mutex::default(),
+            connections: Mutex::new(vec![0; devices]),
+            cuts: Mutex::new((0..devices).map(|_| CancellationToken::new()).collect()),
+            // On memory, where there is such a thing: a disk's syncs would be most of what a world costs.
+            state: tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap(),
+            runs: Mutex::default(),
+            kills: Level::new(0),
+            sockets: Sockets::default(),
+            handovers_asked: Level::new(0),
+            handovers: Level::new(0),
             plan,
         }
     }
@@ -74,6 +107,29 @@ impl Shared {
         let mut starts = self.starts.lock();
         starts[device] += 1;
         starts[device]
+    }
+
+    /// The number of this start of the host agent, from 1.
+    pub fn start_of_agent(&self) -> u64 {
+        let mut runs = self.runs.lock();
+        *runs += 1;
+        *runs
+    }
+
+    /// The device makes a connection; cancelled when it is lost.
+    pub fn begin_connection(&self, device: usize) -> CancellationToken {
+        self.connections.lock()[device] += 1;
+        self.cuts.lock()[device].clone()
+    }
+
+    /// How often the device has connected.
+    pub fn connections_of(&self, device: usize) -> u64 {
+        self.connections.lock()[device]
+    }
+
+    pub fn cut(&self, device: usize) {
+        let cut = std::mem::take(&mut self.cuts.lock()[device]);
+        cut.cancel();
     }
 
     pub fn watch_lease(&self, life: Life, clock: SkewedClock, gate: Gate) {

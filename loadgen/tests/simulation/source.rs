@@ -10,7 +10,8 @@ use rand::rngs::StdRng;
 use shootdown_core::{AddressSpaceId, Cause, Moment, Seq, Translation};
 use shootdown_server::Host;
 use shootdown_server::source::{
-    Invalidation, Notifier as _, NotifyError, Outcome as Became, RoundResult, Verdict as Said, Wait,
+    Invalidation, Notifier as _, NotifyError, Outcome as Became, RoundResult, Strictness, Verdict as Said,
+    Wait,
 };
 use tokio::task::JoinSet;
 
@@ -30,21 +31,46 @@ pub struct Source {
     shared: Arc<Shared>,
     host: Host,
     rng: Arc<Mutex<StdRng>>,
+    /// Which run of the host agent it calls.
+    run: u64,
+    /// How often it had been asked to stop when it began.
+    asked_before: u64,
+}
+
+/// Why the source calls nobody any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    StormIsOver,
+    /// The host agent is about to stop.
+    AskedTo,
 }
 
 impl Source {
-    pub fn new(shared: Arc<Shared>, host: Host) -> Self {
-        let rng = Arc::new(Mutex::new(shared.rng(1)));
-        Self { shared, host, rng }
+    pub fn new(shared: Arc<Shared>, host: Host, run: u64) -> Self {
+        let rng = Arc::new(Mutex::new(shared.rng(1 + (run << 32))));
+        let asked_before = shared.handovers_asked.get();
+        Self { shared, host, rng, run, asked_before }
     }
 
-    /// Calls until the storm is over, and returns when every call has come to its end.
-    pub async fn run(self) {
-        for _ in 0..SPACES {
+    /// Calls until the storm is over, or the host agent is about to stop, and returns when every call has come
+    /// to its end.
+    pub async fn run(self) -> Ended {
+        let known = self.shared.memory.lock().live_spaces();
+        for space in &known {
+            let taken_back = self.host.take_back(id(*space), "simulated", self.tables(), Strictness::Strict);
+            taken_back.expect("nobody else has it");
+        }
+        for _ in known.len()..SPACES {
             self.register();
         }
         let mut calls = JoinSet::new();
-        while !self.shared.is_past(Stage::Storm) {
+        // What nobody was told of when the run before crashed.
+        let unanswered = self.shared.memory.lock().to_ask_again();
+        for (space, frames) in unanswered {
+            let source = self.clone();
+            calls.spawn(async move { source.ask_again(space, frames).await });
+        }
+        while !self.shared.is_past(Stage::Storm) && !self.is_asked_to_stop() {
             let pause = self.draw(0..self.shared.plan.call_every.as_millis() as u64 * 2);
             tokio::time::sleep(millis(pause)).await;
             while let Some(ended) = calls.try_join_next() {
@@ -57,12 +83,43 @@ impl Source {
         while let Some(ended) = calls.join_next().await {
             ended.expect("a call does not panic");
         }
+        if !self.is_asked_to_stop() {
+            return Ended::StormIsOver;
+        }
+        // Its memory is of this process.
+        let spaces = self.shared.memory.lock().live_spaces();
+        for space in spaces {
+            self.release(space).await;
+        }
+        Ended::AskedTo
+    }
+
+    fn is_asked_to_stop(&self) -> bool {
+        self.shared.handovers_asked.get() > self.asked_before
     }
 
     fn register(&self) {
-        let tables = Tables { shared: Arc::clone(&self.shared), rng: Mutex::new(self.shared.rng(2)) };
-        let id = self.host.register("simulated", Arc::new(tables)).expect("there is room for it");
+        let id = self.host.register("simulated", self.tables()).expect("there is room for it");
         self.shared.memory.lock().add_space(id.get());
+    }
+
+    fn tables(&self) -> Arc<Tables> {
+        let rng = Mutex::new(self.shared.rng(2 + (self.run << 32)));
+        Arc::new(Tables { shared: Arc::clone(&self.shared), rng })
+    }
+
+    /// The host agent has crashed since it was asked: it is asked anew, and whoever waits, waits for that.
+    async fn ask_again(&self, space: u64, frames: Vec<Frame>) {
+        let is_live = self.shared.memory.lock().live_spaces().contains(&space);
+        if !is_live {
+            return self.shared.memory.lock().orphan(space, frames, &self.shared.trace);
+        }
+        let op = self.begin(space, 0..PAGES, Called::RangeStart, Wait::ForTargets);
+        let told = self.host.invalidate_range_start(invalidation(space, 0..PAGES, Wait::ForTargets)).await;
+        if let Some(seq) = told.as_ref().ok().and_then(|result| result.seq) {
+            self.end(op, space, seq);
+        }
+        self.free_when_told(op, space, told, frames).await;
     }
 
     fn draw(&self, range: Range<u64>) -> u64 {
@@ -185,7 +242,9 @@ impl Source {
             && result.is_quiesced()
         {
             self.shared.memory.lock().release(op, space, &self.shared.trace);
-            self.register();
+            if !self.is_asked_to_stop() {
+                self.register();
+            }
         }
     }
 

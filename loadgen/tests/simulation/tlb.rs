@@ -19,6 +19,8 @@ pub struct SimTlb {
     life: Life,
     plan: DevicePlan,
     table: Mutex<Own>,
+    /// How often its device had connected before.
+    connections_before: u64,
     use_ended: Notify,
     rng: Mutex<StdRng>,
     /// What its workers may fault.
@@ -35,7 +37,7 @@ struct Own {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Entry {
+pub struct Entry {
     space: u64,
     page: u64,
     frame: Frame,
@@ -43,11 +45,14 @@ struct Entry {
 
 impl SimTlb {
     pub fn new(shared: Arc<Shared>, life: Life, plan: DevicePlan, seed: u64) -> Self {
+        let entries = shared.kept.lock().remove(&plan.index).unwrap_or_default();
+        let connections_before = shared.connections_of(plan.index);
         Self {
             shared,
+            connections_before,
             life,
             plan,
-            table: Mutex::default(),
+            table: Mutex::new(Own { entries, uses: Vec::new() }),
             use_ended: Notify::new(),
             rng: Mutex::new(StdRng::seed_from_u64(seed)),
             subscribed: Mutex::default(),
@@ -96,6 +101,9 @@ impl SimTlb {
         let seq = invalidation.and_then(|invalidation| invalidation.seq).map(|seq| seq.get());
         let (life, covers) = (self.life, scope.clone());
         self.shared.trace.record(What::FlushBegan { life, span, scope, notice, seq });
+        if self.is_skipped(&covers) {
+            return self.shared.trace.record(What::FlushEnded { span });
+        }
         let covered = |entry: &Entry| match &covers {
             Scope::Pages(pages) => pages.holds(entry.space, entry.page),
             Scope::Everything | Scope::EverythingOfTheSession => true,
@@ -120,6 +128,22 @@ impl SimTlb {
             (None, _) => {}
         }
         self.shared.trace.record(What::FlushEnded { span });
+    }
+
+    fn is_skipped(&self, scope: &Scope) -> bool {
+        match self.shared.plan.broken {
+            Broken::ResumeSkipsFlush => {
+                // The session has one connection at a time.
+                let is_another = self.shared.connections_of(self.plan.index) > self.connections_before + 1;
+                is_another && matches!(scope, Scope::Pages(_))
+            }
+            Broken::TableOutlivesSession if *scope == Scope::EverythingOfTheSession => {
+                let entries = self.table.lock().entries.clone();
+                self.shared.kept.lock().entry(self.plan.index).or_default().extend(entries);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// As long as the hardware takes; for ever while it hangs.

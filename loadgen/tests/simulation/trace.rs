@@ -147,10 +147,18 @@ pub enum What {
     Connecting {
         life: Life,
         device: usize,
+        /// Which start of the device agent: what an earlier one held is gone with it.
+        start: u64,
     },
     Opened {
         life: Life,
         session: u64,
+        /// The host agent's incarnation.
+        host: u64,
+    },
+    /// The session went on, on another connection.
+    Resumed {
+        life: Life,
     },
     /// The lease of a session was granted, renewed, or has ended, in virtual time.
     Lease {
@@ -200,6 +208,16 @@ pub enum What {
         cause: String,
     },
 
+    // The host agent.
+    /// A run begins.
+    AgentStarted {
+        incarnation: u64,
+    },
+    /// It stops without a word, and the source's calls with it.
+    AgentCrashed,
+    /// It has stopped as planned: its successor goes on with its sessions.
+    HandedOver,
+
     // The world.
     Fault(String),
     /// What the administrator's listings count at the end.
@@ -208,7 +226,15 @@ pub enum What {
         rounds: usize,
         brackets: u64,
         subscriptions: u64,
+        /// Bytes and pages.
+        quarantined: (u64, u64),
     },
+}
+
+impl What {
+    /// What the listings show when all is over.
+    pub const NOTHING_LEFT: Self =
+        Self::Left { sessions: 0, rounds: 0, brackets: 0, subscriptions: 0, quarantined: (0, 0) };
 }
 
 /// Something that happened.

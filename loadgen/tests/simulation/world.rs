@@ -84,13 +84,25 @@ struct Weather<'a> {
     coming: std::vec::IntoIter<Planned>,
     next: Option<Planned>,
     going_on: Vec<(Duration, Fault)>,
+    agent: Process,
+    /// Planned ends of the host agent that were seen.
+    handovers: u64,
+}
+
+/// The host agent's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Process {
+    Up,
+    /// It ends, and is started again when it has.
+    Restarting,
+    Down,
 }
 
 impl<'a> Weather<'a> {
     fn new(shared: &'a Shared) -> Self {
         let mut coming = shared.plan.faults.clone().into_iter();
         let next = coming.next();
-        Self { shared, coming, next, going_on: Vec::new() }
+        Self { shared, coming, next, going_on: Vec::new(), agent: Process::Up, handovers: 0 }
     }
 
     fn change(&mut self, sim: &mut Sim<'_>, now: Duration) {
@@ -102,10 +114,13 @@ impl<'a> Weather<'a> {
             self.tell("end of", fault);
             self.heal(sim, fault);
         }
+        self.look_at_agent(sim);
         while let Some(planned) = self.next.filter(|next| next.at <= now && !storm_is_over) {
             self.next = self.coming.next();
             // One at a time of those that would end each other.
-            if !self.going_on.iter().any(|(_, other)| other.interferes(planned.fault)) {
+            let interferes = self.going_on.iter().any(|(_, other)| other.interferes(planned.fault));
+            let is_over = planned.fault.is_of_agent() && self.agent != Process::Up;
+            if !interferes && !is_over {
                 self.tell("begin of", planned.fault);
                 self.strike(sim, planned.fault);
                 self.going_on.push((now + planned.lasts, planned.fault));
@@ -119,6 +134,49 @@ impl<'a> Weather<'a> {
         if self.shared.stage.get() < stage {
             self.shared.stage.change(|at| *at = stage);
         }
+    }
+
+    /// A process that has ended is cleared away, and started again when it is time.
+    fn look_at_agent(&mut self, sim: &mut Sim<'_>) {
+        if self.shared.stage.get() != Stage::Over
+            && self.agent != Process::Down
+            && !sim.is_host_running(AGENT)
+        {
+            let handovers = self.shared.handovers.get();
+            if handovers == self.handovers {
+                self.shared.trace.record(What::AgentCrashed);
+            }
+            self.handovers = handovers;
+            self.shared.trace.in_no_order(|| sim.crash(AGENT));
+            match self.agent {
+                Process::Restarting => self.start_agent(sim),
+                Process::Up | Process::Down => self.agent = Process::Down,
+            }
+        }
+    }
+
+    fn start_agent(&mut self, sim: &mut Sim<'_>) {
+        self.agent = Process::Up;
+        sim.bounce(AGENT);
+    }
+
+    /// What stopped it is over. Whoever asked it to stop does not wait any longer.
+    fn restart_agent(&mut self, sim: &mut Sim<'_>) {
+        match self.agent {
+            Process::Down => self.start_agent(sim),
+            Process::Up | Process::Restarting => {
+                self.agent = Process::Restarting;
+                self.kill_agent();
+            }
+        }
+    }
+
+    fn kill_agent(&self) {
+        self.shared.kills.change(|kills| *kills += 1);
+    }
+
+    fn each_device(&self) -> impl Iterator<Item = String> {
+        self.shared.plan.devices.iter().map(|device| device::name(device.index))
     }
 
     fn tell(&self, what: &str, fault: Fault) {
@@ -137,7 +195,14 @@ impl<'a> Weather<'a> {
                 self.crash(sim, device);
             }
             Fault::Hang(device) => self.shared.hangs[device].change(|hangs| *hangs = true),
+            Fault::Cut(device) => self.shared.cut(device),
             Fault::Loss => sim.set_fail_rate(LOSS),
+            Fault::AgentCrash => self.kill_agent(),
+            Fault::AgentPowerLoss => {
+                self.each_device().for_each(|device| sim.partition(AGENT, device));
+                self.kill_agent();
+            }
+            Fault::Handover => self.shared.handovers_asked.change(|asked| *asked += 1),
         }
     }
 
@@ -145,7 +210,7 @@ impl<'a> Weather<'a> {
         self.shared.trace.in_no_order(|| sim.crash(device::name(device)));
     }
 
-    fn heal(&self, sim: &mut Sim<'_>, fault: Fault) {
+    fn heal(&mut self, sim: &mut Sim<'_>, fault: Fault) {
         match fault {
             Fault::Partition(device) => sim.repair(AGENT, device::name(device)),
             Fault::DeafDevice(device) => sim.repair_oneway(AGENT, device::name(device)),
@@ -157,14 +222,16 @@ impl<'a> Weather<'a> {
                 sim.bounce(device::name(device));
             }
             Fault::Hang(device) => self.shared.hangs[device].change(|hangs| *hangs = false),
+            Fault::Cut(_) => {}
             Fault::Loss => {
                 sim.set_fail_rate(0.0);
                 // What it broke and no message has repaired yet.
-                self.shared
-                    .plan
-                    .devices
-                    .iter()
-                    .for_each(|device| sim.repair(AGENT, device::name(device.index)));
+                self.each_device().for_each(|device| sim.repair(AGENT, device));
+            }
+            Fault::AgentCrash | Fault::Handover => self.restart_agent(sim),
+            Fault::AgentPowerLoss => {
+                self.each_device().for_each(|device| sim.repair(AGENT, device));
+                self.restart_agent(sim);
             }
         }
     }

@@ -18,6 +18,7 @@ mod drained;
 mod file;
 
 use std::io;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -106,12 +107,31 @@ const MOST_A_SYNC: usize = 1024;
 /// The journal of a running host agent. Cheap to clone.
 ///
 /// A thread of its own writes: what arrives while it waits for the disk shares the next sync, and no shard
-/// ever waits for one.
+/// ever waits for one. Unless its program asks for a [`Writer::Caller`].
 #[derive(Debug, Clone)]
 pub(crate) struct Journal {
-    asks: mpsc::Sender<Ask>,
+    pen: Pen,
     claim: Claim,
-    thread: Arc<Mutex<Option<std::thread::JoinHandle<()>>>>,
+}
+
+/// Who writes a journal, and waits for the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Writer {
+    /// A thread of its own.
+    Thread,
+    /// Whoever has something to write: on one thread with virtual time everything is written in the same
+    /// order each time.
+    Caller,
+}
+
+#[derive(Debug, Clone)]
+enum Pen {
+    Thread {
+        asks: mpsc::Sender<Ask>,
+        thread: Arc<Mutex<Option<std::thread::JoinHandle<()>>>>,
+    },
+    /// `None`: closed.
+    Caller(Arc<Mutex<Option<JournalFile>>>),
 }
 
 #[derive(Debug)]
@@ -151,6 +171,7 @@ impl Journal {
     pub(crate) fn open(
         path: &Path,
         takeover: Takeover,
+        writer: Writer,
         now: Incarnation,
         terms: LeaseTerms,
         clock: impl FnOnce() -> BootMoment,
@@ -172,12 +193,18 @@ impl Journal {
             AppendError::Superseded | AppendError::Closed => JournalError::Held { path: path.to_owned() },
         })?;
         let claim = file.claim().clone();
-        let (asks, rx) = mpsc::channel(QUEUE);
-        let thread = std::thread::Builder::new()
-            .name("journal".to_owned())
-            .spawn(move || write(file, rx))
-            .map_err(JournalError::Thread)?;
-        let journal = Self { asks, claim, thread: Arc::new(Mutex::new(Some(thread))) };
+        let pen = match writer {
+            Writer::Thread => {
+                let (asks, rx) = mpsc::channel(QUEUE);
+                let thread = std::thread::Builder::new()
+                    .name("journal".to_owned())
+                    .spawn(move || write(file, rx))
+                    .map_err(JournalError::Thread)?;
+                Pen::Thread { asks, thread: Arc::new(Mutex::new(Some(thread))) }
+            }
+            Writer::Caller => Pen::Caller(Arc::new(Mutex::new(Some(file)))),
+        };
+        let journal = Self { pen, claim };
         Ok(Opened { journal, before, run })
     }
 
@@ -200,24 +227,44 @@ impl Journal {
     /// A session's device has certainly stopped. Returns before it is durable.
     pub(crate) async fn over(&self, session: SessionId) {
         // When the journal is closed the next run waits for one session more.
-        drop(self.asks.send(Ask::Note(Record::Over(session))).await);
+        self.ask(Ask::Note(Record::Over(session))).await;
     }
 
     async fn append(&self, record: Record) -> Result<(), AppendError> {
         let (tx, rx) = oneshot::channel();
-        self.asks.send(Ask::Append(record, tx)).await.map_err(|_| AppendError::Closed)?;
+        self.ask(Ask::Append(record, tx)).await;
         rx.await.unwrap_or(Err(AppendError::Closed))
+    }
+
+    async fn ask(&self, ask: Ask) {
+        match &self.pen {
+            Pen::Thread { asks, .. } => drop(asks.send(ask).await),
+            Pen::Caller(file) => {
+                if let Some(file) = &mut *file.lock() {
+                    let _: ControlFlow<()> = carry_out(file, std::iter::once(ask));
+                }
+            }
+        }
     }
 
     /// Writes what was asked for, then what a planned end leaves, and gives the directory to whoever comes
     /// next. Waits for the disk.
     pub(crate) fn close(self, drained: Option<Drained>) {
-        let thread = self.thread.lock().take();
-        if let Some(thread) = thread
-            && self.asks.blocking_send(Ask::Close(drained)).is_ok()
-        {
-            // A panic in there was reported by the thread itself.
-            drop(thread.join());
+        match self.pen {
+            Pen::Thread { asks, thread } => {
+                let thread = thread.lock().take();
+                if let Some(thread) = thread
+                    && asks.blocking_send(Ask::Close(drained)).is_ok()
+                {
+                    // A panic in there was reported by the thread itself.
+                    drop(thread.join());
+                }
+            }
+            Pen::Caller(file) => {
+                if let Some(mut file) = file.lock().take() {
+                    let _: ControlFlow<()> = carry_out(&mut file, std::iter::once(Ask::Close(drained)));
+                }
+            }
         }
     }
 }
@@ -226,46 +273,50 @@ impl Journal {
 fn write(mut file: JournalFile, mut rx: mpsc::Receiver<Ask>) {
     let mut asks = Vec::with_capacity(MOST_A_SYNC);
     while rx.blocking_recv_many(&mut asks, MOST_A_SYNC) > 0 {
-        let (mut records, mut waiting, mut close) = (Vec::new(), Vec::new(), None);
-        for ask in asks.drain(..) {
-            match ask {
-                Ask::Append(record, done) => {
-                    records.push(record);
-                    waiting.push(done);
-                }
-                Ask::Note(record) => records.push(record),
-                Ask::Close(drained) => close = Some(drained),
-            }
-        }
-        if !records.is_empty() {
-            let appended = file.append(&records);
-            if let Err(error) = &appended {
-                tracing::error!(
-                    error = error as &dyn std::error::Error,
-                    refused = waiting.len(),
-                    "the journal was not written; new sessions are refused until it is"
-                );
-                file.forget(&records);
-            }
-            for done in waiting {
-                // Who does not wait any more has said, or will say, that its session is over.
-                drop(done.send(appended.clone()));
-            }
-        }
-        match close {
-            None => {}
-            Some(None) => return,
-            Some(Some(drained)) => {
-                if let Err(error) = file.append(&[Record::Drained(drained)]) {
-                    tracing::error!(
-                        error = &error as &dyn std::error::Error,
-                        "the resume points were not written; the next run takes this end for a crash"
-                    );
-                }
-                return;
-            }
+        if carry_out(&mut file, asks.drain(..)).is_break() {
+            return;
         }
     }
+}
+
+/// Writes what is asked for, with one sync. Breaks when nothing more is to be written.
+fn carry_out(file: &mut JournalFile, asks: impl Iterator<Item = Ask>) -> ControlFlow<()> {
+    let (mut records, mut waiting, mut close) = (Vec::new(), Vec::new(), None);
+    for ask in asks {
+        match ask {
+            Ask::Append(record, done) => {
+                records.push(record);
+                waiting.push(done);
+            }
+            Ask::Note(record) => records.push(record),
+            Ask::Close(drained) => close = Some(drained),
+        }
+    }
+    if !records.is_empty() {
+        let appended = file.append(&records);
+        if let Err(error) = &appended {
+            tracing::error!(
+                error = error as &dyn std::error::Error,
+                refused = waiting.len(),
+                "the journal was not written; new sessions are refused until it is"
+            );
+            file.forget(&records);
+        }
+        for done in waiting {
+            // Who does not wait any more has said, or will say, that its session is over.
+            drop(done.send(appended.clone()));
+        }
+    }
+    let Some(drained) = close else { return ControlFlow::Continue(()) };
+    if let Some(drained) = drained
+        && let Err(error) = file.append(&[Record::Drained(drained)])
+    {
+        tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "the resume points were not written; the next run takes this end for a crash"
+        );
+    }
+    ControlFlow::Break(())
 }
 
 #[cfg(test)]

@@ -45,7 +45,8 @@ fn take(path: &Path) -> (JournalFile, History) {
 }
 
 fn open(path: &Path, at: u64) -> Opened {
-    Journal::open(path, Takeover::Never, now(at), LeaseTerms::default(), || boot_moment(at)).unwrap()
+    let terms = LeaseTerms::default();
+    Journal::open(path, Takeover::Never, Writer::Thread, now(at), terms, || boot_moment(at)).unwrap()
 }
 
 /// The one journal file that there is.
@@ -396,10 +397,35 @@ fn the_moment_from_which_leases_are_counted_is_after_the_takeover() {
     let folder = tempfile::tempdir().unwrap();
     let old = open(folder.path(), 1).journal;
     let mut was_current = None;
-    let successor = Journal::open(folder.path(), Takeover::IfHeld, now(2), LeaseTerms::default(), || {
-        was_current = Some(old.is_current());
-        boot_moment(2)
-    });
+    let successor =
+        Journal::open(folder.path(), Takeover::IfHeld, Writer::Thread, now(2), LeaseTerms::default(), || {
+            was_current = Some(old.is_current());
+            boot_moment(2)
+        });
     assert_eq!(was_current, Some(false));
     drop(successor);
+}
+
+/// Whoever writes itself finds the same, at once, and its end is the same.
+#[test]
+fn a_journal_without_a_thread_is_durable_when_the_call_returns() {
+    let folder = tempfile::tempdir().unwrap();
+    let open_alone = |at| {
+        let terms = LeaseTerms::default();
+        let writer = Writer::Caller;
+        Journal::open(folder.path(), Takeover::Never, writer, now(at), terms, || boot_moment(at)).unwrap()
+    };
+    let on_disk = || History::of(read(&fs::read(only(folder.path())).unwrap(), 1).unwrap().records);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let Opened { journal, .. } = open_alone(1);
+    runtime.block_on(async {
+        journal.opened(session(1)).await.unwrap();
+        assert_eq!(ids(&on_disk()), [1]);
+        journal.over(SessionId::FIRST).await;
+        assert_eq!(ids(&on_disk()), [0_u64; 0]);
+    });
+    journal.clone().close(Some(drained()));
+    assert!(runtime.block_on(journal.opened(session(2))).is_err(), "it is closed");
+    drop(journal);
+    assert_eq!(open_alone(2).before.drained, Some(drained()));
 }

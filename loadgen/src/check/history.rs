@@ -114,7 +114,12 @@ impl History {
         told.sort_by_key(|happened| happened.at);
         let made = |version: u64| version <= expected;
         let good = told.iter().rposition(|happened| happened.version.is_some_and(made));
-        let begin = rounds_before(&told, good.unwrap_or(0)).max(told.len().saturating_sub(TOLD));
+        let begin = rounds_before(&told, good.unwrap_or(0));
+        // What was found in an address space that had ended: the place is another's by now, and what matters is the
+        // last that happened in that one.
+        let last_own = told.iter().rposition(|happened| happened.address_space == found.address_space);
+        let begin = last_own.map_or(begin, |last| begin.min(last).min(rounds_before(&told, last + 1)));
+        let begin = begin.max(told.len().saturating_sub(TOLD));
         told.drain(..begin);
         told.push(found);
         told
@@ -230,6 +235,16 @@ mod tests {
         histories.inherit(PAGE, child);
         histories.push(child, at(8, Some(9)));
         assert_eq!(times(&histories.of(child), u64::MAX, 9), [7, 8, 9]);
+    }
+
+    #[test]
+    fn what_is_found_in_an_address_space_that_has_ended_is_told_with_its_end() {
+        let histories = Histories::new(1, 2);
+        let ended = Happened { waited_for: Some(Vec::new()), what: "exit".to_owned(), ..at(2, None) };
+        for happened in [at(1, Some(7)), ended, Happened { address_space: 2, ..at(3, Some(8)) }] {
+            histories.push(PAGE, happened);
+        }
+        assert_eq!(times(&histories.of(PAGE), 8, 4), [2, 3, 4]);
     }
 
     #[test]

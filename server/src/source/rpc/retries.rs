@@ -313,7 +313,8 @@ impl Release {
             outcome.as_ref().is_some_and(|outcome| outcome.as_ref().is_ok_and(RoundResult::is_quiesced))
         };
         // A try that comes after NOT_QUIESCED waits on, for as long as the first did.
-        if outcome.borrow().is_some() {
+        let waits_on = matches!(&*outcome.borrow(), Some(Ok(result)) if !result.is_quiesced());
+        if waits_on {
             drop(tokio::time::timeout(bound, outcome.wait_for(is_good)).await);
         }
         let told = outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());

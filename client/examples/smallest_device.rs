@@ -42,10 +42,12 @@ async fn main() -> anyhow::Result<()> {
     // A translation: good until the host takes it back, then it must be faulted again.
     let mapping = device.fault(space, page, Access::Read).await?.remove(0);
     {
-        // A use: while the guard lives the host waits, so it must not live long.
+        // A use: while the guard lives the host waits, so it must not live long. Past the lease the host does not
+        // wait any more, so then it must be over.
         let page_in_use = mapping.begin_use()?;
         let span = FrameSpan { frame: page_in_use.frame(), offset: 0, length: 16 };
-        let bytes = device.pages()?.read(&[span]).await?;
+        let pages = device.pages()?;
+        let bytes = page_in_use.run_until_expired(pages.read(&[span])).await??;
         println!("{address:#x}: {bytes:?}");
     }
 

@@ -86,7 +86,7 @@ impl PageClient {
     /// Dropped, the host agent may still read.
     pub async fn read(&self, spans: &[FrameSpan]) -> Result<Bytes, PageError> {
         let length = check(spans)?;
-        self.session.gate.check_lease()?;
+        self.session.gate.check_in_flight()?;
         let request = v1::ReadRequest {
             session_id: self.session.welcome.session.get(),
             epoch: self.session.welcome.epoch.get(),
@@ -113,7 +113,7 @@ impl PageClient {
         if data.len() as u64 != length {
             return Err(PageError::Length { bytes: data.len() as u64, spans: length });
         }
-        self.session.gate.check_lease()?;
+        self.session.gate.check_in_flight()?;
         let request = v1::WriteRequest {
             session_id: self.session.welcome.session.get(),
             epoch: self.session.welcome.epoch.get(),

@@ -7,14 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use host::{
-    Call, FakeHost, FakeSession, TestTlb, notice, notice_of, number, numbers, page, pages, soon, space,
-    until, welcome,
+    Call, FakeHost, FakeSession, TestTlb, manual_clock, notice, notice_of, number, numbers, page, pages,
+    soon, space, until, welcome,
 };
-use parking_lot::Mutex;
 use shootdown_client::{
-    Access, AddrRange, Clock, ConnectError, Device, DeviceTlb, EndCause, FaultError, FlushAllCause,
-    FlushReason, Incarnation, Moment, NoticeNumber, Reason, SessionError, StaleHost, SubscriptionId,
-    UseRefused, Violation,
+    Access, AddrRange, ConnectError, Device, DeviceTlb, EndCause, FaultError, FlushAllCause, FlushReason,
+    Incarnation, Moment, NoticeNumber, Reason, SessionError, StaleHost, SubscriptionId, UseRefused,
+    Violation,
 };
 use shootdown_core::{Cause, Notice, NoticeKind, Scope};
 use shootdown_proto::message::{DeviceSays, Hello, HostSays, Resume, ResumePoint, Welcome};
@@ -47,12 +46,6 @@ async fn resumed(host: &mut FakeHost, lost: FakeSession, floor: u64) -> (FakeSes
 }
 
 /// A clock that the test sets.
-fn manual_clock() -> (Clock, Arc<Mutex<Moment>>) {
-    let now = Arc::new(Mutex::new(Moment::from_nanos(1_000_000_000)));
-    let read = Arc::clone(&now);
-    (Clock::from_fn(move || *read.lock()), now)
-}
-
 #[tokio::test]
 async fn uses_go_on_while_there_is_no_connection_and_faults_wait() {
     let mut host = FakeHost::start();

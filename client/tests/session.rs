@@ -3,13 +3,12 @@
 mod host;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use host::{Call, FakeHost, TestTlb, notice, notice_of, number, page, pages, soon, space};
 use parking_lot::Mutex;
 use shootdown_client::{
-    Access, Clock, CommitError, Connector, Counts, EndCause, FaultError, FlushAllCause, FrameNumber,
-    FrameSpan, Moment, SubscriptionId, Translation, UseRefused,
+    Access, CommitError, Connector, Counts, EndCause, FaultError, FlushAllCause, FrameNumber, FrameSpan,
+    SubscriptionId, Translation, UseRefused,
 };
 use shootdown_core::NoticeKind;
 use shootdown_proto::message::{DeviceSays, HostSays};
@@ -93,68 +92,6 @@ async fn lost_waits_for_the_uses_that_are_open() {
 }
 
 /// A clock that the test sets.
-fn manual_clock() -> (Clock, Arc<Mutex<Moment>>) {
-    let now = Arc::new(Mutex::new(Moment::from_nanos(1_000_000_000)));
-    let read = Arc::clone(&now);
-    (Clock::from_fn(move || *read.lock()), now)
-}
-
-/// The device's half of invariant 14.
-#[tokio::test]
-async fn uses_are_refused_from_the_moment_at_which_the_lease_runs_out() {
-    let mut host = FakeHost::start();
-    let tlb = TestTlb::new();
-    let (clock, now) = manual_clock();
-    let mut config = host.config();
-    config.clock = clock;
-    (config.lease_drift_ppm, config.lease_margin) = (0, Some(Duration::from_millis(100)));
-    let (device, mut session) =
-        host.connect_with(config, &tlb, |welcome| welcome.lease = Duration::from_millis(1000)).await;
-    let _subscription = session.subscribe(&device, page(1)).await;
-    let mapping = session.mapped(&device, 1).await;
-    let hello_sent = Moment::from_nanos(1_000_000_000);
-    *now.lock() = hello_sent + Duration::from_nanos(899_999_999);
-    drop(mapping.begin_use().expect("the lease lasts 1000 ms less the margin"));
-    *now.lock() = hello_sent + Duration::from_millis(900);
-    // At once, with no timer in between.
-    assert_eq!(mapping.begin_use().unwrap_err(), UseRefused::LeaseExpired);
-    assert_eq!(device.gate().check(), Err(UseRefused::LeaseExpired));
-    tlb.wait_for_flush_all(FlushAllCause::Lost).await;
-    session.close().await;
-    assert!(matches!(soon(device.lost()).await.cause, EndCause::LeaseExpired));
-    assert_eq!(mapping.begin_use().unwrap_err(), UseRefused::SessionEnded);
-}
-
-#[tokio::test]
-async fn a_lease_counts_from_when_the_heartbeat_was_sent() {
-    let mut host = FakeHost::start();
-    let tlb = TestTlb::new();
-    let (clock, now) = manual_clock();
-    let mut config = host.config();
-    config.clock = clock;
-    (config.lease_drift_ppm, config.lease_margin) = (0, Some(Duration::ZERO));
-    let lease = Duration::from_millis(300);
-    let (device, mut session) = host.connect_with(config, &tlb, |welcome| welcome.lease = lease).await;
-    let gate = device.gate();
-    let hello_sent = Moment::from_nanos(1_000_000_000);
-    assert_eq!(gate.valid_until(), Some(hello_sent + lease));
-    let sent = hello_sent + Duration::from_millis(100);
-    *now.lock() = sent;
-    let Some(DeviceSays::Heartbeat { request }) = soon(session.next()).await else { panic!("a heartbeat") };
-    // The answer is slow; what it grants began when the question was sent.
-    *now.lock() = sent + Duration::from_millis(50);
-    session.say(HostSays::LeaseRenewed { request, lease }).await;
-    session.notices([notice(1, page(1))]).await;
-    session.ack().await;
-    assert_eq!(gate.valid_until(), Some(sent + lease));
-    // An answer to nothing renews nothing.
-    let request = request.checked_add(1000).unwrap();
-    session.say(HostSays::LeaseRenewed { request, lease: Duration::from_secs(3600) }).await;
-    session.notices([notice(2, page(1))]).await;
-    session.ack().await;
-    assert_eq!(gate.valid_until(), Some(sent + lease));
-}
-
 #[tokio::test]
 async fn leaving_flushes_everything_before_it_says_so() {
     let mut host = FakeHost::start();

@@ -10,8 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use shootdown_client::{
-    Access, AddrRange, AddressSpaceId, Cause, CommitTicket, Device, DeviceConfig, DeviceId, DeviceTlb,
-    Endpoint, FlushAllCause, Flushed, FrameNumber, Invalidation, NoticeNumber, PageSize, Reason,
+    Access, AddrRange, AddressSpaceId, Cause, Clock, CommitTicket, Device, DeviceConfig, DeviceId, DeviceTlb,
+    Endpoint, FlushAllCause, Flushed, FrameNumber, Invalidation, Moment, NoticeNumber, PageSize, Reason,
     ResumePolicy, Seq, SessionId, SubscribeOptions, Subscription, SubscriptionId, Translation, Young,
 };
 use shootdown_core::{Ack, Notice, NoticeKind, Scope};
@@ -518,4 +518,11 @@ impl DeviceTlb for TestTlb {
     async fn range_end(&self, _: AddressSpaceId, range: AddrRange) {
         self.log(Call::RangeEnd(range));
     }
+}
+
+/// A clock that stands still until the test moves it.
+pub(crate) fn manual_clock() -> (Clock, Arc<Mutex<Moment>>) {
+    let now = Arc::new(Mutex::new(Moment::from_nanos(1_000_000_000)));
+    let read = Arc::clone(&now);
+    (Clock::from_fn(move || *read.lock()), now)
 }

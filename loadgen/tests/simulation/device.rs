@@ -180,6 +180,9 @@ impl Session<'_> {
     }
 }
 
+/// One use in so many is a long one.
+const LONG_USES: u32 = 60;
+
 /// One of the device's engines.
 struct Worker {
     device: Device<SimTlb>,
@@ -218,6 +221,17 @@ impl Worker {
             let Ok(guard) = mapping.begin_use() else { return };
             let (space, page) = (mapping.address_space().get(), mapping.range().start() >> 12);
             let access = Use::begin(&tlb, space, page, Frame::of(guard.frame()));
+            if self.rng.random_range(0..LONG_USES) == 0 {
+                let work = tokio::time::sleep(plan.long_use);
+                match broken {
+                    Broken::UseOutlastsLease => work.await,
+                    // Past the lease it is ended: the next one is refused.
+                    _ => drop(guard.run_until_expired(work).await),
+                }
+                drop(access);
+                drop(guard);
+                continue;
+            }
             let guard = (broken != Broken::AckBeforeUsesEnded).then_some(guard);
             tokio::time::sleep(self.length(plan)).await;
             drop(access);

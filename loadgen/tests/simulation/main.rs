@@ -188,6 +188,11 @@ fn a_device_that_acks_before_its_uses_have_ended_is_found() {
 }
 
 #[test]
+fn a_use_that_goes_on_past_its_lease_is_found() {
+    assert_eq!(found(Broken::UseOutlastsLease, "NoStaleUse"), Ok(()));
+}
+
+#[test]
 fn a_host_agent_that_has_forgotten_its_devices_is_found() {
     assert_eq!(found(Broken::JournalLost, "RestartGrace"), Ok(()));
 }

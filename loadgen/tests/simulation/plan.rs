@@ -52,6 +52,8 @@ pub struct DevicePlan {
     pub flush: Duration,
     /// A use takes up to so long, which the margin of the lease must cover.
     pub most_use: Duration,
+    /// A few take so long, which may be longer than the lease is.
+    pub long_use: Duration,
     pub workers: usize,
 }
 
@@ -72,6 +74,8 @@ pub enum Broken {
     DeviceClock,
     /// The source frees its pages whatever the verdict is.
     ReleaseOnTimeout,
+    /// A long use goes on past the lease.
+    UseOutlastsLease,
     /// A flush does not wait for the uses that are going on.
     AckBeforeUsesEnded,
     /// The host agent's state directory is emptied before it starts again.
@@ -166,6 +170,7 @@ impl DevicePlan {
             flush,
             // Less than the margin on a clock that is off by a tenth, with two ticks to spare.
             most_use: (terms.margin * 4 / 5).saturating_sub(millis(3)).max(millis(1)),
+            long_use: terms.duration * 2,
             workers: rng.random_range(1..4),
         }
     }

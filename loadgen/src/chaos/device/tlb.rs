@@ -27,7 +27,7 @@ pub(super) struct Entry {
 /// What a use holds until it is over.
 pub(super) enum Held {
     /// By the SDK's leave. No notice of the page is acked before it is dropped.
-    Guarded { _guard: UseGuard },
+    Guarded(UseGuard),
     /// Without any: the run breaks that rule.
     Nothing,
 }
@@ -69,7 +69,7 @@ impl Tlb {
     /// Begins a use.
     pub(super) fn begin_use(&self, entry: &Entry) -> Result<Held, UseRefused> {
         match entry.mapping.begin_use() {
-            Ok(guard) => Ok(Held::Guarded { _guard: guard }),
+            Ok(guard) => Ok(Held::Guarded(guard)),
             // The break: what was held before a session ended is used in the next.
             Err(UseRefused::SessionEnded | UseRefused::LeaseExpired)
                 if self.rule == Some(Broken::ResumeSkipsFlush) && self.bulletin.has_session() =>
@@ -81,9 +81,9 @@ impl Tlb {
     }
 
     /// Whether what a use that has been done found may be taken for true: whether its leave had not ended.
-    pub(super) fn was_valid(&self, entry: &Entry, held: &Held) -> bool {
+    pub(super) fn was_valid(held: &Held) -> bool {
         match held {
-            Held::Guarded { .. } => entry.gate.check().is_ok(),
+            Held::Guarded(guard) => guard.check().is_ok(),
             Held::Nothing => true,
         }
     }

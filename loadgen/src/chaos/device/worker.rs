@@ -158,7 +158,7 @@ impl Worker {
                 }
             }
         });
-        if !bench.tlb.was_valid(entry, &held) {
+        if !Tlb::was_valid(&held) {
             self.counts.discarded += 1;
             return Ok(Used::Refused);
         }
@@ -183,7 +183,7 @@ impl Worker {
             bench.shared.marks.write(slot, page, &Mark { value })?;
             self.counts.writes += 1;
             let latest = until.map(|until| until + bench.plan.lease_margin);
-            if latest.is_none_or(|latest| bench.clock.real() > latest) && !bench.tlb.was_valid(entry, &held) {
+            if latest.is_none_or(|latest| bench.clock.real() > latest) && !Tlb::was_valid(&held) {
                 self.counts.late += 1;
             }
         }

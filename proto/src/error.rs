@@ -38,6 +38,7 @@ impl Reason {
             | Self::LeaseRequired
             | Self::EpochStale
             | Self::FaultsAlreadyServed
+            | Self::NotQuiesced
             | Self::AddressSpaceReleased => Code::FailedPrecondition,
             Self::VersionUnsupported => Code::Unimplemented,
             Self::FieldInvalid | Self::RangeInvalid | Self::MessageUnknown | Self::RequestIdReused => {

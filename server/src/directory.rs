@@ -109,9 +109,13 @@ impl Directory {
         survivors: &Survivors,
     ) -> Result<Arc<AddressSpace>, NotifyError> {
         let mut next = self.next.lock();
-        if next.handed_over.remove(&id)
+        if next.handed_over.contains(&id)
             && let Some(space) = self.get(id)
         {
+            if space.strictness != strictness {
+                return Err(NotifyError::OtherStrictness { address_space: id, is: space.strictness });
+            }
+            next.handed_over.remove(&id);
             return Ok(space);
         }
         let of_this_run = next.first_address_space <= id && id < next.address_space;

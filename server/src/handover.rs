@@ -20,7 +20,7 @@ use shootdown_core::gate::GrantGate;
 use shootdown_core::interest::Subscription;
 use shootdown_core::outbox::OutboxLimits;
 use shootdown_core::session::SessionConfig;
-use shootdown_core::{AddressSpaceId, SessionId};
+use shootdown_core::{AddressSpaceId, Seq, SessionId};
 
 use crate::clock::Clock;
 use crate::completion::WaitingRound;
@@ -34,7 +34,7 @@ use crate::session::task::start_outliving;
 use crate::shard::Shard;
 use crate::source::rpc::retries::{Asked, ToTryAgain};
 use crate::source::rpc::{self, RpcSource};
-use crate::source::{Notifier as _, Translate};
+use crate::source::{Notifier as _, RoundResult, RoundTimes, Translate, Verdict};
 
 /// How often to look whether all is quiet. It is over in a round trip, or in as long as a device takes.
 const LOOK: Duration = Duration::from_millis(2);
@@ -57,7 +57,7 @@ pub(crate) async fn quiet(host: &Host) {
 /// What the next run may go on with. Nothing of the host agent runs any more.
 pub(crate) fn record(host: &Host) -> Drained {
     let spaces: Vec<DrainedSpace> =
-        host.directory().list().iter().filter_map(|space| drained(space)).collect();
+        host.directory().list().iter().filter_map(|space| drained(host, space)).collect();
     let known: HashSet<AddressSpaceId> = spaces.iter().map(|space| space.id).collect();
     let left_out: HashSet<SessionId> = host.restart().survivors().ids().into_iter().collect();
     let sessions = host.registry().list();
@@ -71,12 +71,12 @@ pub(crate) fn record(host: &Host) -> Drained {
         address_spaces = spaces.len(),
         "a successor may go on with these"
     );
-    Drained { boot_id: Clock::id(), sessions, spaces }
+    Drained { boot_id: Clock::id(), sessions, spaces, released: host.releases().done() }
 }
 
 /// An address space whose source outlives this process, unless a round of it is not complete: the next run
 /// could not tell whether it ever was.
-fn drained(space: &AddressSpace) -> Option<DrainedSpace> {
+fn drained(host: &Host, space: &AddressSpace) -> Option<DrainedSpace> {
     if space.source.source() != rpc::NAME || space.rounds_in_flight() > 0 {
         return None;
     }
@@ -98,6 +98,7 @@ fn drained(space: &AddressSpace) -> Option<DrainedSpace> {
         name: space.name.clone(),
         strictness: space.strictness,
         last_seq: order.gate.last_seq(),
+        registered: host.registrations().of(space.id),
         ended: ends,
         open_brackets: order.gate.brackets().filter_map(bracket).collect(),
     })
@@ -105,13 +106,16 @@ fn drained(space: &AddressSpace) -> Option<DrainedSpace> {
 
 /// Goes on where the run before stopped.
 pub(crate) fn begin(host: &Host, drained: Drained, shard: &Shard) {
-    let Drained { boot_id, sessions, spaces } = drained;
+    let Drained { boot_id, sessions, spaces, released } = drained;
     tracing::info!(
         sessions = sessions.len(),
         address_spaces = spaces.len(),
         incarnation = host.incarnation().get(),
         "goes on with what a planned end left"
     );
+    for released in released {
+        host.releases().restore(released.address_space, released.call, quiesced_before(host, released.seq));
+    }
     for space in spaces {
         host.directory()
             .restore(|most_rounds| restored(host, space, most_rounds), host.restart().survivors());
@@ -137,6 +141,20 @@ pub(crate) fn begin(host: &Host, drained: Drained, shard: &Shard) {
         host.registry().restore(&handle);
         fence::watch_over(host, &handle);
         start_outliving(host, handle);
+    }
+}
+
+/// What is known of a release of the run before. What its targets told is forgotten, and counts as the worst.
+fn quiesced_before(host: &Host, seq: Option<Seq>) -> RoundResult {
+    let now = host.clock().now();
+    RoundResult {
+        verdict: Verdict::Quiesced,
+        seq,
+        targets: Vec::new(),
+        young: true,
+        dirty: true,
+        host_incarnation: host.incarnation(),
+        times: RoundTimes { called: now, dispatched: now, resolved: None, answered: now },
     }
 }
 
@@ -169,7 +187,10 @@ fn resumable(host: &Host, session: &DrainedSession, shard: &Shard, is_same_boot:
 }
 
 fn restored(host: &Host, drained: DrainedSpace, most_rounds: usize) -> AddressSpace {
-    let DrainedSpace { id, name, strictness, last_seq, open_brackets, ended } = drained;
+    let DrainedSpace { id, name, strictness, last_seq, open_brackets, ended, registered } = drained;
+    if let Some((call, asked)) = registered {
+        host.registrations().restore(call, asked, id);
+    }
     let source = RpcSource::new(host.source_fault_timeout());
     let run = (host.clock(), host.incarnation());
     let gate =

@@ -24,7 +24,9 @@ use crate::quarantine::{self, Quarantine, QuarantineBudget};
 use crate::restart::Restart;
 use crate::session::handshake;
 use crate::session::registry::Registry;
-use crate::source::rpc::retries::{Releases, Try};
+use crate::source::rpc::registrations::Registrations;
+use crate::source::rpc::releases::Releases;
+use crate::source::rpc::retries::Try;
 use crate::source::{
     Invalidation, Notifier, NotifyError, RoundResult, RoundTimes, Strictness, Translate, Verdict, Wait,
 };
@@ -66,6 +68,7 @@ struct Inner {
     config: HostConfig,
     directory: Directory,
     registry: Registry,
+    registrations: Registrations,
     releases: Releases,
     fencers: Fencers,
     quarantine: Arc<Quarantine>,
@@ -98,6 +101,7 @@ impl Host {
             config,
             directory,
             registry,
+            registrations: Registrations::default(),
             releases: Releases::default(),
             fencers,
             quarantine,
@@ -114,6 +118,10 @@ impl Host {
 
     pub(crate) fn registry(&self) -> &Registry {
         &self.0.registry
+    }
+
+    pub(crate) fn registrations(&self) -> &Registrations {
+        &self.0.registrations
     }
 
     pub(crate) fn releases(&self) -> &Releases {
@@ -251,7 +259,7 @@ impl Host {
     /// devices which know that name find it again.
     ///
     /// # Errors
-    /// [`NotifyError::AddressSpaceTaken`], and as [`Notifier::register`].
+    /// [`NotifyError::AddressSpaceTaken`], [`NotifyError::OtherStrictness`], and as [`Notifier::register`].
     pub fn take_back(
         &self,
         id: AddressSpaceId,
@@ -263,6 +271,7 @@ impl Host {
             return Err(NotifyError::Stopping);
         }
         let space = self.directory().take_back(id, name, source, strictness, self.0.restart.survivors())?;
+        self.releases().forget(id);
         tracing::debug!(address_space = id.get(), name, source = space.source.source(), "taken back");
         Ok(())
     }

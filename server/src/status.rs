@@ -24,11 +24,11 @@ pub(crate) const fn notify_reason(error: &NotifyError) -> Reason {
     match error {
         NotifyError::AddressSpaceUnknown(_) => Reason::AddressSpaceUnknown,
         NotifyError::Released(_) => Reason::AddressSpaceReleased,
-        NotifyError::BracketUnknown { .. } => Reason::RoundUnknown,
+        NotifyError::BracketUnknown { .. } | NotifyError::RoundOfAnotherRun { .. } => Reason::RoundUnknown,
         NotifyError::TooManyRounds { .. } => Reason::RoundQuota,
         NotifyError::QuarantineFull { .. } => Reason::QuarantineFull,
         NotifyError::TooManyAddressSpaces { .. } => Reason::AddressSpaceQuota,
-        NotifyError::AddressSpaceTaken(_) => Reason::FieldInvalid,
+        NotifyError::AddressSpaceTaken(_) | NotifyError::OtherStrictness { .. } => Reason::FieldInvalid,
         NotifyError::Stopping => Reason::Draining,
         NotifyError::Superseded => Reason::HostSuperseded,
     }
@@ -130,7 +130,7 @@ pub(crate) const fn memory_reason(error: &MemoryError) -> Reason {
         MemoryError::AlreadyMapped { .. } | MemoryError::Busy { .. } => Reason::MappingExists,
         MemoryError::TooManyMappings { .. } => Reason::OutOfMemory,
         MemoryError::Notify(error) => notify_reason(error),
-        MemoryError::NotQuiesced { .. } => Reason::Draining,
+        MemoryError::NotQuiesced { .. } => Reason::NotQuiesced,
         MemoryError::Frame(error) => frame_reason(error),
         MemoryError::Swap(SwapError::Full { .. } | SwapError::TooManyReferences | SwapError::None) => {
             Reason::OutOfMemory

@@ -450,7 +450,7 @@ async fn bad_requests_of_a_source_are_refused_by_reason() {
     };
     let refused = notifier.invalidate_range_end(end).await.unwrap_err();
     assert_eq!(Reason::of_status(&refused), Some(Reason::RoundUnknown));
-    let wait = v1::AwaitRoundRequest { address_space_id: id, seq: 77, deadline_ms: None };
+    let wait = v1::AwaitRoundRequest { address_space_id: id, seq: 77, ..Default::default() };
     let refused = notifier.await_round(wait).await.unwrap_err();
     assert_eq!(Reason::of_status(&refused), Some(Reason::RoundUnknown));
     scene.unharmed().await;

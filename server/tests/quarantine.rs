@@ -78,7 +78,12 @@ async fn a_round_past_its_callers_deadline_is_listed_with_who_is_missing_until_i
     acked.ack(1).await;
     acked.settled().await;
     for _ in 0..2 {
-        let wait = v1::AwaitRoundRequest { address_space_id: space, seq, deadline_ms: Some(1) };
+        let wait = v1::AwaitRoundRequest {
+            address_space_id: space,
+            seq,
+            deadline_ms: Some(1),
+            ..Default::default()
+        };
         let again = notifier.await_round(wait).await.unwrap().into_inner().result.unwrap();
         assert_eq!(again.verdict(), v1::Verdict::NotQuiesced, "waiting twice gives the same answer twice");
     }

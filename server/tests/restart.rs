@@ -598,7 +598,12 @@ async fn what_is_not_quiet_at_a_planned_end_is_treated_as_after_a_crash() {
 
     let _second = place.start(&["--lease", "60s"]);
     let mut notifier = place.notifier().await;
-    let asked = v1::AwaitRoundRequest { address_space_id: space, seq: round.seq, deadline_ms: Some(0) };
+    let asked = v1::AwaitRoundRequest {
+        address_space_id: space,
+        seq: round.seq,
+        deadline_ms: Some(0),
+        ..Default::default()
+    };
     let unknown = notifier.await_round(asked).await.unwrap_err();
     assert_eq!(Reason::of_status(&unknown), Some(Reason::AddressSpaceUnknown), "never quiesced");
     let space = register(&mut notifier).await;
@@ -721,6 +726,7 @@ async fn a_call_whose_answer_went_with_a_planned_end_has_its_outcome_and_counts_
         address_space_id: space,
         seq: started.seq,
         request_id: "end-1".to_owned(),
+        host_incarnation: started.host_incarnation,
     };
     notifier.invalidate_range_end(end.clone()).await.unwrap();
     second.signal(Signal::TERM);
@@ -748,7 +754,7 @@ async fn a_sequence_of_an_earlier_run_names_no_bracket_of_this_one() {
     assert_eq!(notifier.register_address_space(back).await.unwrap().into_inner().address_space_id, space);
     let after = invalidate(&mut notifier, space, None).await.unwrap();
     assert!(after.seq > before.seq && after.host_incarnation > before.host_incarnation);
-    let asked = v1::AwaitRoundRequest { address_space_id: space, seq: before.seq, deadline_ms: None };
+    let asked = v1::AwaitRoundRequest { address_space_id: space, seq: before.seq, ..Default::default() };
     let unknown = notifier.await_round(asked).await.unwrap_err();
     assert_eq!(Reason::of_status(&unknown), Some(Reason::RoundUnknown));
     let end = |seq| v1::InvalidateRangeEndRequest { address_space_id: space, seq, ..Default::default() };
@@ -797,4 +803,67 @@ async fn a_session_that_was_evicted_is_not_resumed_after_a_planned_end() {
     let space = register(&mut notifier).await;
     let waits = invalidate(&mut notifier, space, Some(0)).await.unwrap();
     assert_eq!(waits.targets[0].device_id, "evicted", "it is waited for everywhere, as after a crash");
+}
+
+#[tokio::test]
+async fn a_registration_and_a_release_whose_answers_went_with_a_planned_end_have_their_outcome() {
+    let place = Place::new();
+    let by_id = |name: &str| v1::RegisterAddressSpaceRequest {
+        name: name.to_owned(),
+        request_id: format!("register-{name}"),
+        ..Default::default()
+    };
+    let release = |space| v1::ReleaseAddressSpaceRequest {
+        address_space_id: space,
+        request_id: format!("release-{space}"),
+    };
+    let mut first = place.start(&[]);
+    let mut notifier = place.notifier().await;
+    let kept = notifier.register_address_space(by_id("kept")).await.unwrap().into_inner().address_space_id;
+    let gone = notifier.register_address_space(by_id("gone")).await.unwrap().into_inner().address_space_id;
+    let released = notifier.release_address_space(release(gone)).await.unwrap().into_inner().result.unwrap();
+    first.signal(Signal::TERM);
+    assert_eq!(first.exit_code().await, Some(0));
+
+    // And the run after the next knows as much.
+    for _ in 0..2 {
+        let mut next = place.start(&[]);
+        let mut notifier = place.notifier().await;
+        let again = notifier.register_address_space(by_id("kept")).await.unwrap().into_inner();
+        assert_eq!(again.address_space_id, kept);
+        let again = notifier.release_address_space(release(gone)).await.unwrap().into_inner().result.unwrap();
+        assert_eq!((again.verdict(), again.seq), (released.verdict(), released.seq));
+        assert!(again.dirty, "what its targets told is forgotten");
+        let another = v1::ReleaseAddressSpaceRequest { request_id: "another".to_owned(), ..release(gone) };
+        let unknown = notifier.release_address_space(another).await.unwrap_err();
+        assert_eq!(Reason::of_status(&unknown), Some(Reason::AddressSpaceUnknown));
+        next.signal(Signal::TERM);
+        assert_eq!(next.exit_code().await, Some(0));
+    }
+
+    // Under the name that was released another may begin, and end.
+    let _last = place.start(&[]);
+    let mut notifier = place.notifier().await;
+    let back = v1::RegisterAddressSpaceRequest { address_space_id: gone, ..Default::default() };
+    notifier.register_address_space(back).await.unwrap();
+    let another = v1::ReleaseAddressSpaceRequest { request_id: "another".to_owned(), ..release(gone) };
+    notifier.release_address_space(another).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_address_space_that_is_handed_over_is_taken_back_as_strict_as_it_is() {
+    let place = Place::new();
+    let mut first = place.start(&[]);
+    let space = register(&mut place.notifier().await).await;
+    first.signal(Signal::TERM);
+    assert_eq!(first.exit_code().await, Some(0));
+    let _second = place.start(&[]);
+    let mut notifier = place.notifier().await;
+    let back =
+        |strict| v1::RegisterAddressSpaceRequest { address_space_id: space, strict, ..Default::default() };
+    let refused = notifier.register_address_space(back(true)).await.unwrap_err();
+    assert_eq!(Reason::of_status(&refused), Some(Reason::FieldInvalid), "{refused}");
+    notifier.register_address_space(back(false)).await.unwrap();
+    let refused = notifier.register_address_space(back(false)).await.unwrap_err();
+    assert_eq!(Reason::of_status(&refused), Some(Reason::FieldInvalid), "it was taken back");
 }

@@ -75,6 +75,7 @@ impl Vmm {
             address_space_id: self.space,
             seq,
             request_id: request_id.to_owned(),
+            ..Default::default()
         };
         soon(self.calls.clone().invalidate_range_end(end)).await.map(drop)
     }

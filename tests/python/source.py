@@ -41,7 +41,9 @@ class Source:
         assert result.verdict == self.pb.VERDICT_QUIESCED, result
         with self._changing:
             self.table[page] = frame
-        end = self.pb.InvalidateRangeEndRequest(address_space_id=self.space, seq=result.seq)
+        end = self.pb.InvalidateRangeEndRequest(
+            address_space_id=self.space, seq=result.seq, host_incarnation=result.host_incarnation
+        )
         self._call(self.notifier.InvalidateRangeEnd, end)
         return result
 

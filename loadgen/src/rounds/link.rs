@@ -90,8 +90,8 @@ impl Link {
             // It waited for fewer devices than it was to: its time says nothing.
             return Err(RoundsError::Unmeasured);
         }
-        let seq = result.seq;
-        Ok(Bracket { client, address_space_id: self.address_space.get(), seq })
+        let (address_space_id, seq) = (self.address_space.get(), result.seq);
+        Ok(Bracket { client, address_space_id, seq, host_incarnation: result.host_incarnation })
     }
 
     fn range(&self, number: u64) -> v1::AddressRange {
@@ -122,6 +122,7 @@ pub(super) struct Bracket {
     client: NotifierServiceClient<Channel>,
     address_space_id: u64,
     seq: u64,
+    host_incarnation: u64,
 }
 
 impl Bracket {
@@ -129,6 +130,7 @@ impl Bracket {
         let end = v1::InvalidateRangeEndRequest {
             address_space_id: self.address_space_id,
             seq: self.seq,
+            host_incarnation: self.host_incarnation,
             ..v1::InvalidateRangeEndRequest::default()
         };
         self.client.invalidate_range_end(end).await.map_err(refused("InvalidateRangeEnd"))?;

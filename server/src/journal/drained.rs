@@ -11,6 +11,8 @@ use shootdown_proto::message::CallId;
 
 use super::record::{self, Nonsense, SessionRecord};
 use crate::source::Strictness;
+use crate::source::rpc::registrations::ToRegister;
+use crate::source::rpc::releases::Released;
 use crate::source::rpc::retries::MayWait;
 
 /// The last record of a run that ended as planned.
@@ -20,6 +22,8 @@ pub(crate) struct Drained {
     pub(crate) boot_id: String,
     pub(crate) sessions: Vec<DrainedSession>,
     pub(crate) spaces: Vec<DrainedSpace>,
+    /// Releases that may be tried again.
+    pub(crate) released: Vec<Released>,
 }
 
 /// A session that may go on.
@@ -55,6 +59,8 @@ pub(crate) struct DrainedSpace {
     pub(crate) last_seq: Option<Seq>,
     /// Brackets whose rounds are complete, and which their callers have not ended.
     pub(crate) open_brackets: Vec<DrainedBracket>,
+    /// The call that registered it, and what it asked for.
+    pub(crate) registered: Option<(CallId, ToRegister)>,
     /// Calls of `invalidate_range_end` that may be tried again.
     pub(crate) ended: Vec<(CallId, Seq)>,
 }
@@ -83,6 +89,19 @@ pub(super) mod wire {
         pub(in crate::journal) sessions: Vec<Session>,
         #[prost(message, repeated, tag = "3")]
         pub(in crate::journal) spaces: Vec<Space>,
+        #[prost(message, repeated, tag = "4")]
+        pub(in crate::journal) released: Vec<Released>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(in crate::journal) struct Released {
+        #[prost(uint64, tag = "1")]
+        pub(in crate::journal) address_space: u64,
+        #[prost(string, tag = "2")]
+        pub(in crate::journal) request_id: String,
+        /// 0: none.
+        #[prost(uint64, tag = "3")]
+        pub(in crate::journal) seq: u64,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -132,6 +151,19 @@ pub(super) mod wire {
         pub(in crate::journal) strict: bool,
         #[prost(message, repeated, tag = "6")]
         pub(in crate::journal) ended: Vec<Ended>,
+        #[prost(message, optional, tag = "7")]
+        pub(in crate::journal) registered: Option<Registered>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(in crate::journal) struct Registered {
+        #[prost(string, tag = "1")]
+        pub(in crate::journal) request_id: String,
+        #[prost(string, tag = "2")]
+        pub(in crate::journal) name: String,
+        /// Under the name of an earlier run.
+        #[prost(bool, tag = "3")]
+        pub(in crate::journal) taken_back: bool,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -167,7 +199,16 @@ impl From<&Drained> for wire::Drained {
             boot_id: drained.boot_id.clone(),
             sessions: drained.sessions.iter().map(wire_session).collect(),
             spaces: drained.spaces.iter().map(wire_space).collect(),
+            released: drained.released.iter().map(wire_released).collect(),
         }
+    }
+}
+
+fn wire_released(released: &Released) -> wire::Released {
+    wire::Released {
+        address_space: released.address_space.get(),
+        request_id: released.call.to_string(),
+        seq: released.seq.map_or(0, Seq::get),
     }
 }
 
@@ -203,6 +244,11 @@ fn wire_space(space: &DrainedSpace) -> wire::Space {
         non_blockable: bracket.start.as_ref().is_some_and(|(_, may_wait)| *may_wait == MayWait::No),
     };
     let ended = |(id, seq): &(CallId, Seq)| wire::Ended { request_id: id.to_string(), seq: seq.get() };
+    let registered = |(call, asked): &(CallId, ToRegister)| wire::Registered {
+        request_id: call.to_string(),
+        name: asked.name.clone(),
+        taken_back: asked.taken_back.is_some(),
+    };
     wire::Space {
         id: space.id.get(),
         name: space.name.clone(),
@@ -210,6 +256,7 @@ fn wire_space(space: &DrainedSpace) -> wire::Space {
         open_brackets: space.open_brackets.iter().map(bracket).collect(),
         strict: space.strictness == Strictness::Strict,
         ended: space.ended.iter().map(ended).collect(),
+        registered: space.registered.as_ref().map(registered),
     }
 }
 
@@ -221,8 +268,17 @@ impl TryFrom<wire::Drained> for Drained {
             boot_id: drained.boot_id,
             sessions: drained.sessions.into_iter().map(session).collect::<Result<_, _>>()?,
             spaces: drained.spaces.into_iter().map(space).collect::<Result<_, _>>()?,
+            released: drained.released.into_iter().map(released).collect::<Result<_, _>>()?,
         })
     }
+}
+
+fn released(released: wire::Released) -> Result<Released, Nonsense> {
+    Ok(Released {
+        address_space: AddressSpaceId::new(released.address_space).ok_or(Nonsense)?,
+        call: convert::call_id(&released.request_id).map_err(|_| Nonsense)?.ok_or(Nonsense)?,
+        seq: Seq::new(released.seq),
+    })
 }
 
 fn session(session: wire::Session) -> Result<DrainedSession, Nonsense> {
@@ -263,12 +319,20 @@ fn space(space: wire::Space) -> Result<DrainedSpace, Nonsense> {
         let id = convert::call_id(&ended.request_id).map_err(|_| Nonsense)?.ok_or(Nonsense)?;
         Ok((id, Seq::new(ended.seq).ok_or(Nonsense)?))
     };
+    let id = AddressSpaceId::new(space.id).ok_or(Nonsense)?;
+    let strictness = if space.strict { Strictness::Strict } else { Strictness::Lenient };
+    let registered = |registered: wire::Registered| {
+        let call = convert::call_id(&registered.request_id).map_err(|_| Nonsense)?.ok_or(Nonsense)?;
+        let taken_back = registered.taken_back.then_some(id);
+        Ok((call, ToRegister { name: registered.name, strictness, taken_back }))
+    };
     Ok(DrainedSpace {
-        id: AddressSpaceId::new(space.id).ok_or(Nonsense)?,
+        id,
         name: space.name,
         last_seq: Seq::new(space.last_seq),
         open_brackets: space.open_brackets.into_iter().map(bracket).collect::<Result<_, _>>()?,
-        strictness: if space.strict { Strictness::Strict } else { Strictness::Lenient },
+        strictness,
+        registered: space.registered.map(registered).transpose()?,
         ended: space.ended.into_iter().map(ended).collect::<Result<_, _>>()?,
     })
 }

@@ -3,6 +3,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::source::Strictness;
+use crate::source::rpc::registrations::ToRegister;
+use crate::source::rpc::releases::Released;
 use crate::source::rpc::retries::MayWait;
 use proptest::prelude::*;
 use shootdown_core::lease::LeaseTerms;
@@ -90,6 +92,15 @@ fn drained() -> Drained {
             }],
             strictness: Strictness::Strict,
             ended: vec![(convert::call_id("end-0").unwrap().unwrap(), Seq::FIRST)],
+            registered: convert::call_id("register-1").unwrap().map(|call| {
+                let (name, taken_back) = ("vm".to_owned(), AddressSpaceId::new(4));
+                (call, ToRegister { name, strictness: Strictness::Strict, taken_back })
+            }),
+        }],
+        released: vec![Released {
+            address_space: AddressSpaceId::new(5).unwrap(),
+            call: convert::call_id("release-1").unwrap().unwrap(),
+            seq: Seq::new(7),
         }],
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shootdown_core::round::{Outcome, TargetReport};
-use shootdown_core::{AddrRange, AddressSpaceId, Method, OwnerTag, PageSize, Seq};
+use shootdown_core::{AddrRange, AddressSpaceId, Incarnation, Method, OwnerTag, PageSize, Seq};
 use shootdown_proto::convert;
 use shootdown_proto::error::{Malformed, Reason, status};
 use shootdown_proto::message::SourceSays;
@@ -18,7 +18,9 @@ use crate::host::Host;
 use crate::listen::require_leave;
 use crate::source::rpc::RpcSource;
 use crate::source::rpc::faults::Said;
-use crate::source::rpc::retries::{Asked, MayWait, Releases, Retries, Try};
+use crate::source::rpc::registrations::ToRegister;
+use crate::source::rpc::releases::Releases;
+use crate::source::rpc::retries::{Asked, MayWait, Retries, Try};
 use crate::source::{Invalidation, Notifier, NotifyError, RoundResult, Strictness, Verdict, Wait};
 use crate::status::{answer_too_large, is_too_large};
 
@@ -63,13 +65,11 @@ impl NotifierService for Notifiers {
         let request = request.into_inner();
         let strictness = if request.strict { Strictness::Strict } else { Strictness::Lenient };
         let name = checked_name(request.name)?;
-        let source = Arc::new(RpcSource::new(self.host.source_fault_timeout()));
-        let id = match AddressSpaceId::new(request.address_space_id) {
-            None => self.host.register_address_space(&name, source, strictness)?,
-            Some(id) => {
-                self.host.take_back(id, &name, source, strictness)?;
-                id
-            }
+        let taken_back = AddressSpaceId::new(request.address_space_id);
+        let asked = ToRegister { name, strictness, taken_back };
+        let id = match convert::call_id(&request.request_id)? {
+            None => self.register(&asked)?,
+            Some(call) => self.host.registrations().once(call, asked, |asked| self.register(asked))??,
         };
         Ok(Response::new(v1::RegisterAddressSpaceResponse { address_space_id: id.get() }))
     }
@@ -104,6 +104,7 @@ impl NotifierService for Notifiers {
         let request = request.into_inner();
         let owned = self.owned(request.address_space_id)?;
         let seq = convert::seq(request.seq, "seq")?;
+        self.require_run(request.host_incarnation, owned.id, seq)?;
         let end = || self.host.invalidate_range_end(owned.id, seq);
         match convert::call_id(&request.request_id)? {
             None => end()?,
@@ -223,12 +224,37 @@ impl NotifierService for Notifiers {
         let request = request.into_inner();
         let owned = self.owned(request.address_space_id)?;
         let seq: Seq = convert::seq(request.seq, "seq")?;
+        self.require_run(request.host_incarnation, owned.id, seq)?;
         let result = self.host.await_round(owned.id, seq, wait(request.deadline_ms)).await?;
         Ok(Response::new(v1::AwaitRoundResponse { result: Some(wire_result(&result)) }))
     }
 }
 
 impl Notifiers {
+    fn register(&self, asked: &ToRegister) -> Result<AddressSpaceId, NotifyError> {
+        let ToRegister { name, strictness, taken_back } = asked;
+        let source = Arc::new(RpcSource::new(self.host.source_fault_timeout()));
+        match *taken_back {
+            None => self.host.register_address_space(name, source, *strictness),
+            Some(id) => self.host.take_back(id, name, source, *strictness).map(|()| id),
+        }
+    }
+
+    /// A sequence means what it meant in its run. 0: its caller does not say which that was.
+    fn require_run(
+        &self,
+        host_incarnation: u64,
+        address_space: AddressSpaceId,
+        seq: Seq,
+    ) -> Result<(), NotifyError> {
+        let this = self.host.incarnation();
+        match Incarnation::new(host_incarnation) {
+            Some(of) if of > this => Err(NotifyError::Superseded),
+            Some(of) if of < this => Err(NotifyError::RoundOfAnotherRun { address_space, seq, of, this }),
+            Some(_) | None => Ok(()),
+        }
+    }
+
     /// An address space that was registered here: nobody opens or ends the brackets of another source.
     fn owned(&self, id: u64) -> Result<Owned, Status> {
         self.owned_id(convert::address_space_id(id, "address_space_id")?)

@@ -62,6 +62,15 @@ pub enum Strictness {
     Lenient,
 }
 
+impl std::fmt::Display for Strictness {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Strict => "strict",
+            Self::Lenient => "not strict",
+        })
+    }
+}
+
 /// How a round ended, as far as its caller waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -166,6 +175,30 @@ pub enum NotifyError {
         "address_space_id is {0}, which this run of the host agent has given out; where that was to the same program, go on using it, otherwise register without one"
     )]
     AddressSpaceTaken(AddressSpaceId),
+    /// An address space that was handed over stays as it was: devices were let in by its rule.
+    #[error(
+        "address space {address_space} was handed over, and is {is}; take it back as that, or register another"
+    )]
+    OtherStrictness {
+        /// Whose memory.
+        address_space: AddressSpaceId,
+        /// What it is.
+        is: Strictness,
+    },
+    /// The round is of another run of the host agent, in which its sequence meant something else.
+    #[error(
+        "round {seq} of address space {address_space} is of run {of} of the host agent, and this is run {this}: nothing of that one is left to end or to wait for; start again"
+    )]
+    RoundOfAnotherRun {
+        /// Whose memory.
+        address_space: AddressSpaceId,
+        /// The sequence that was given.
+        seq: Seq,
+        /// The run that was given.
+        of: Incarnation,
+        /// The run that answers.
+        this: Incarnation,
+    },
     /// The host agent is stopping.
     #[error("the host agent is stopping")]
     Stopping,

@@ -98,7 +98,7 @@ async fn a_result_names_the_run_that_says_so() {
     assert_eq!((late.verdict(), late.host_incarnation), (v1::Verdict::NotQuiesced, 77));
     let notice = device.notice().await.number;
     device.ack(notice).await;
-    let wait = v1::AwaitRoundRequest { address_space_id: vmm.space, seq: late.seq, deadline_ms: None };
+    let wait = v1::AwaitRoundRequest { address_space_id: vmm.space, seq: late.seq, ..Default::default() };
     let round = vmm.calls.clone().await_round(wait).await.unwrap().into_inner().result.unwrap();
     assert_eq!((round.verdict(), round.host_incarnation), (v1::Verdict::Quiesced, 77));
     vmm.end(late.seq, "").await.unwrap();
@@ -108,4 +108,65 @@ async fn a_result_names_the_run_that_says_so() {
     device.ask(v1::session_request::Message::Unsubscribe(unsubscribe)).await;
     device.say().await;
     assert_eq!(vmm.release("").await.unwrap().host_incarnation, 77);
+}
+
+#[tokio::test]
+async fn a_registration_that_is_tried_again_makes_one_address_space() {
+    let agent = Agent::start();
+    let vmm = Vmm::start(&agent).await;
+    let by_id = |name: &str, strict, address_space_id| v1::RegisterAddressSpaceRequest {
+        name: name.to_owned(),
+        strict,
+        address_space_id,
+        request_id: "register-1".to_owned(),
+    };
+    let register = async |request| {
+        let answer = vmm.calls.clone().register_address_space(request).await?;
+        Ok::<_, Status>(answer.into_inner().address_space_id)
+    };
+    let space = register(by_id("vm", true, 0)).await.unwrap();
+    assert_eq!(register(by_id("vm", true, 0)).await.unwrap(), space);
+    for other in [by_id("other", true, 0), by_id("vm", false, 0), by_id("vm", true, space)] {
+        assert_eq!(refused(register(other).await), Reason::RequestIdReused);
+    }
+    let mut admin = v1::admin_service_client::AdminServiceClient::new(agent.channel("admin.sock").await);
+    let listed = admin.list_address_spaces(v1::ListAddressSpacesRequest::default()).await.unwrap();
+    assert_eq!(listed.into_inner().address_spaces.len(), 2, "that of the start, and one");
+    // The same for one that takes a name back.
+    let back =
+        v1::RegisterAddressSpaceRequest { request_id: "register-2".to_owned(), ..by_id("vm", true, 77) };
+    assert_eq!(register(back.clone()).await.unwrap(), 77);
+    assert_eq!(register(back).await.unwrap(), 77);
+    // What was refused is not remembered.
+    let taken =
+        v1::RegisterAddressSpaceRequest { request_id: "register-3".to_owned(), ..by_id("vm", true, 77) };
+    assert_eq!(refused(register(taken.clone()).await), Reason::FieldInvalid);
+    assert_eq!(refused(register(taken).await), Reason::FieldInvalid);
+}
+
+#[tokio::test]
+async fn a_sequence_is_not_taken_for_that_of_another_run() {
+    let agent = Agent::start_with(|config| config.host.incarnation = Incarnation::new(77).unwrap());
+    let vmm = Vmm::start(&agent).await;
+    let started = vmm.invalidate(vmm.unmap(pages(1, 1), "")).await.unwrap();
+    let end = |host_incarnation, request_id: &str| v1::InvalidateRangeEndRequest {
+        address_space_id: vmm.space,
+        seq: started.seq,
+        request_id: request_id.to_owned(),
+        host_incarnation,
+    };
+    let wait = |host_incarnation| v1::AwaitRoundRequest {
+        address_space_id: vmm.space,
+        seq: started.seq,
+        host_incarnation,
+        ..Default::default()
+    };
+    for (host_incarnation, reason) in [(76, Reason::RoundUnknown), (78, Reason::HostSuperseded)] {
+        let mut calls = vmm.calls.clone();
+        assert_eq!(refused(calls.invalidate_range_end(end(host_incarnation, "")).await), reason);
+        assert_eq!(refused(calls.invalidate_range_end(end(host_incarnation, "end")).await), reason);
+        assert_eq!(refused(calls.await_round(wait(host_incarnation)).await), reason);
+    }
+    vmm.calls.clone().await_round(wait(77)).await.unwrap();
+    vmm.calls.clone().invalidate_range_end(end(77, "end")).await.expect("nothing has ended it yet");
 }

@@ -63,7 +63,7 @@ impl Vmm {
                 Verdict::NotQuiesced => {
                     self.ledger.lock().not_quiesced_first += u64::from(!missed);
                     missed = true;
-                    waiting = Some(result.seq);
+                    waiting = Some((result.seq, result.host_incarnation));
                 }
                 Verdict::WouldBlock | Verdict::Unspecified => {
                     let status = tonic::Status::internal(format!("the verdict is {:?}", result.verdict()));
@@ -77,7 +77,7 @@ impl Vmm {
     async fn one_try(
         &self,
         request: &v1::InvalidateRangeStartRequest,
-        waiting: Option<u64>,
+        waiting: Option<(u64, u64)>,
     ) -> Result<Option<RoundResult>, VmmError> {
         let mut client = self.client.clone();
         let answer = async {
@@ -86,11 +86,12 @@ impl Vmm {
                     .invalidate_range_start(request.clone())
                     .await
                     .map(|answer| answer.into_inner().result),
-                Some(seq) => {
+                Some((seq, host_incarnation)) => {
                     let request = v1::AwaitRoundRequest {
                         address_space_id: request.address_space_id,
                         seq,
                         deadline_ms: u64::try_from(AWAIT.as_millis()).ok(),
+                        host_incarnation,
                     };
                     client.await_round(request).await.map(|answer| answer.into_inner().result)
                 }

@@ -53,6 +53,8 @@ async fn register(vmm: &Vmm) -> Result<(), VmmError> {
         // Every device here enforces its lease.
         strict: true,
         address_space_id: *vmm.address_space.borrow(),
+        // One a run of the host agent: a retry finds what an earlier try made.
+        request_id: format!("{}-register-{}", std::process::id(), vmm.host.lock().incarnation),
     };
     let mut client = vmm.client.clone();
     match tokio::time::timeout(PATIENCE, client.register_address_space(request)).await {

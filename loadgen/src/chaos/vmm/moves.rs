@@ -51,7 +51,7 @@ pub(crate) async fn run(vmm: Arc<Vmm>, mover: u64) -> Result<(), VmmError> {
         for held in old {
             vmm.move_page(held)?;
         }
-        vmm.end(&request, result.seq).await?;
+        vmm.end(&request, &result).await?;
     }
     Ok(())
 }
@@ -113,10 +113,15 @@ impl Vmm {
     }
 
     /// Closes the bracket. One that its host agent does not know any more is closed.
-    async fn end(&self, start: &v1::InvalidateRangeStartRequest, seq: u64) -> Result<(), VmmError> {
+    async fn end(
+        &self,
+        start: &v1::InvalidateRangeStartRequest,
+        started: &RoundResult,
+    ) -> Result<(), VmmError> {
         let request = v1::InvalidateRangeEndRequest {
             address_space_id: start.address_space_id,
-            seq,
+            seq: started.seq,
+            host_incarnation: started.host_incarnation,
             request_id: format!("{}-end", start.request_id),
         };
         loop {

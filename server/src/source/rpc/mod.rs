@@ -6,10 +6,13 @@
 //!
 //! It hands out translations while the program serves faults (`faults`). Without that a device learns
 //! them from the program itself (an RDMA key, a VMM's table), and a `Fault` is answered
-//! FAULT_NOT_SERVED. A call that is tried again with its request id is not done again (`retries`).
+//! FAULT_NOT_SERVED. A call that is tried again with its request id is not done again (`retries`,
+//! `registrations`, `releases`).
 
 pub(crate) mod faults;
+pub(crate) mod registrations;
 pub(crate) mod retries;
+pub(crate) mod releases;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -16,18 +16,16 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use shootdown_core::round::TargetReport;
-use shootdown_core::{AddrRange, AddressSpaceId, Cause, Method, OwnerTag, Seq};
+use shootdown_core::{AddrRange, Cause, Method, OwnerTag, Seq};
 use shootdown_proto::message::CallId;
-use tokio::sync::{OnceCell, mpsc, watch};
+use tokio::sync::OnceCell;
 
 use crate::completion::WaitingRound;
 use crate::dispatch::Dispatched;
-use crate::host::Host;
-use crate::source::{NotifyError, RoundResult};
+use crate::source::NotifyError;
 
 /// Settled calls of one address space whose outcome is remembered. A caller tries again within seconds,
 /// and has at most a few hundred calls in flight.
@@ -38,9 +36,6 @@ const MOST_TARGETS_KEPT: usize = 1 << 18;
 
 /// How many are looked at when one is added: more than one, so that a backlog of open ones goes away.
 const LOOKED_AT: usize = 4;
-
-/// Releases whose outcome is remembered after their address space has gone, of one host agent.
-const MOST_RELEASES_KEPT: usize = 1024;
 
 /// The id was used before, for another request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -284,106 +279,16 @@ impl Known {
     }
 }
 
-/// Releases by their ids: the address space itself is gone when one is tried again.
-#[derive(Debug, Default)]
-pub(crate) struct Releases {
-    table: Mutex<ReleaseTable>,
-}
-
-#[derive(Debug, Default)]
-struct ReleaseTable {
-    by_space: HashMap<AddressSpaceId, Arc<Release>>,
-    /// Those that are complete, the oldest first.
-    done: VecDeque<AddressSpaceId>,
-}
-
-#[derive(Debug)]
-pub(crate) struct Release {
-    id: CallId,
-    /// It may be NotQuiesced at first, and better later.
-    outcome: watch::Sender<Option<Result<RoundResult, NotifyError>>>,
-}
-
-impl Release {
-    /// # Cancel safety
-    /// Cancel safe: the release has a task of its own.
-    pub(crate) async fn outcome(&self, bound: Duration) -> Result<RoundResult, NotifyError> {
-        let mut outcome = self.outcome.subscribe();
-        let is_good = |outcome: &Option<Result<RoundResult, NotifyError>>| {
-            outcome.as_ref().is_some_and(|outcome| outcome.as_ref().is_ok_and(RoundResult::is_quiesced))
-        };
-        // A try that comes after NOT_QUIESCED waits on, for as long as the first did.
-        let waits_on = matches!(&*outcome.borrow(), Some(Ok(result)) if !result.is_quiesced());
-        if waits_on {
-            drop(tokio::time::timeout(bound, outcome.wait_for(is_good)).await);
-        }
-        let told = outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
-        told.ok().flatten().unwrap_or(Err(NotifyError::Stopping))
-    }
-}
-
-impl Releases {
-    /// The release of an address space by this id, which may be over.
-    pub(crate) fn find(&self, address_space: AddressSpaceId, id: &CallId) -> Option<Arc<Release>> {
-        let release = self.table.lock().by_space.get(&address_space).cloned();
-        release.filter(|release| release.id == *id)
-    }
-
-    /// The release of an address space by this id; begins it where there is none. `None` where another
-    /// has begun.
-    pub(crate) fn begin(host: &Host, address_space: AddressSpaceId, id: CallId) -> Option<Arc<Release>> {
-        let mut table = host.releases().table.lock();
-        if let Some(release) = table.by_space.get(&address_space) {
-            return (release.id == id).then(|| Arc::clone(release));
-        }
-        let release = Arc::new(Release { id, outcome: watch::Sender::new(None) });
-        table.by_space.insert(address_space, Arc::clone(&release));
-        drop(table);
-        let (host, task) = (host.clone(), Arc::clone(&release));
-        let (tasks, control) = (host.tasks().clone(), host.control().clone());
-        // Owned by a task: the caller may go away, and comes back for the outcome.
-        drop(tasks.spawn_on(
-            async move {
-                let (tell, mut told) = mpsc::channel(2);
-                host.release_telling(address_space, tell);
-                while let Some(outcome) = told.recv().await {
-                    host.releases().on_told(address_space, &outcome);
-                    task.outcome.send_replace(Some(outcome));
-                }
-            },
-            &control,
-        ));
-        Some(release)
-    }
-
-    fn on_told(&self, address_space: AddressSpaceId, outcome: &Result<RoundResult, NotifyError>) {
-        let mut table = self.table.lock();
-        match outcome {
-            Err(_) => {
-                table.by_space.remove(&address_space);
-                return;
-            }
-            Ok(result) if !result.is_quiesced() => return,
-            Ok(_) => {}
-        }
-        table.done.push_back(address_space);
-        if table.done.len() > MOST_RELEASES_KEPT
-            && let Some(oldest) = table.done.pop_front()
-        {
-            table.by_space.remove(&oldest);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    use shootdown_core::PageSize;
+    use shootdown_core::{AddressSpaceId, PageSize};
 
     use super::*;
     use crate::config::Settings;
+    use crate::host::Host;
     use crate::source::rpc::RpcSource;
     use crate::source::{Invalidation, Notifier as _, Wait};
 
@@ -512,17 +417,5 @@ mod tests {
         assert!(refused.is_err());
         drop(second);
         assert_eq!(bench.known(), 0);
-    }
-
-    #[tokio::test]
-    async fn releases_are_kept_in_a_bounded_number() {
-        let bench = Bench::new();
-        for _ in 0..=MOST_RELEASES_KEPT {
-            let space = bench.host.register("test", Arc::new(RpcSource::default())).unwrap();
-            let release = Releases::begin(&bench.host, space, call_id("bye")).unwrap();
-            assert!(release.outcome(Duration::ZERO).await.unwrap().is_quiesced());
-        }
-        let table = bench.host.releases().table.lock();
-        assert_eq!((table.by_space.len(), table.done.len()), (MOST_RELEASES_KEPT, MOST_RELEASES_KEPT));
     }
 }

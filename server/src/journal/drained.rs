@@ -268,12 +268,12 @@ impl TryFrom<wire::Drained> for Drained {
             boot_id: drained.boot_id,
             sessions: drained.sessions.into_iter().map(session).collect::<Result<_, _>>()?,
             spaces: drained.spaces.into_iter().map(space).collect::<Result<_, _>>()?,
-            released: drained.released.into_iter().map(released).collect::<Result<_, _>>()?,
+            released: drained.released.iter().map(released).collect::<Result<_, _>>()?,
         })
     }
 }
 
-fn released(released: wire::Released) -> Result<Released, Nonsense> {
+fn released(released: &wire::Released) -> Result<Released, Nonsense> {
     Ok(Released {
         address_space: AddressSpaceId::new(released.address_space).ok_or(Nonsense)?,
         call: convert::call_id(&released.request_id).map_err(|_| Nonsense)?.ok_or(Nonsense)?,

@@ -1,11 +1,12 @@
-//! Everything that anybody may do next. What turns out not to be possible is no step.
+//! Everything that anybody may do next. What turns out not to be possible is no step; what is seen at a glance not to
+//! be is not listed, since to try it is to copy the world.
 
 use shootdown_core::session::Phase;
 
 use crate::config::Config;
 use crate::device::Welcome;
 use crate::host::Confirms;
-use crate::state::{Page, Running, State};
+use crate::state::{CallState, Host, Page, Running, State};
 
 /// One step of anybody.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -51,6 +52,8 @@ pub(crate) enum Action {
     Pause(u8),
     Wake(u8),
     TakeOver,
+    /// The next step of its start.
+    StartOn(u8),
     Watchdog(u8),
 }
 
@@ -78,12 +81,23 @@ pub(crate) fn of_source(config: &Config, state: &State, actions: &mut Vec<Action
     if config.non_blockable {
         actions.push(Action::StartNonBlockable);
     }
-    if config.host_crashes + config.pauses > 0 {
+    if state.hosts.last().is_some_and(|host| host.registration > state.source.registered) {
         actions.push(Action::Register);
     }
-    for called in 0..state.source.events.len() as u8 {
-        actions.extend([Action::TakeAnswer(called), Action::End(called), Action::Retry(called)]);
-        actions.extend(state.hosts.iter().map(|host| Action::Answer(host.process, called)));
+    for (called, call) in (0..).zip(&state.source.events) {
+        if call.answer.is_some() {
+            actions.push(Action::TakeAnswer(called));
+        } else if call.state != CallState::Released {
+            let knows = |host: &&Host| host.rounds.iter().any(|open| open.event == called);
+            let hosts = state.hosts.iter().filter(knows);
+            actions.extend(hosts.map(|host| Action::Answer(host.process, called)));
+        }
+        if call.registration < state.source.registered {
+            actions.push(Action::Retry(called));
+        }
+        if !call.bracket_ended && call.state != CallState::Waiting {
+            actions.push(Action::End(called));
+        }
         if state.spent.deadlines < config.deadlines {
             actions.push(Action::Deadline(called));
         }
@@ -98,7 +112,7 @@ pub(crate) fn of_devices(config: &Config, state: &State, actions: &mut Vec<Actio
             actions.extend(accesses.map(|(run, _)| Action::EndAccess(device, run)));
         }
         for page in 0..config.pages {
-            if config.faults && run.link.is_some() {
+            if config.faults && run.link.is_some() && run.tlb[usize::from(page)].is_none() {
                 actions.push(Action::Fault(device, page));
             }
             if config.young {
@@ -116,14 +130,21 @@ pub(crate) fn of_devices(config: &Config, state: &State, actions: &mut Vec<Actio
             }
         }
         if run.link.is_none() {
-            let processes = state.hosts.iter().map(|host| host.process);
+            let processes = state.hosts.iter().filter(|host| host.serves()).map(|host| host.process);
             actions.extend(processes.clone().map(|host| Action::Connect(device, host, Welcome::Arrives)));
             if state.spent.disconnects < config.disconnects {
-                actions.extend(processes.map(|host| Action::Connect(device, host, Welcome::IsLost)));
+                let lost = |host| Action::Connect(device, host, Welcome::IsLost);
+                actions.extend(processes.clone().map(lost));
+            }
+            if state.spent.host_crashes < config.host_crashes {
+                actions.extend(processes.map(|host| Action::Connect(device, host, Welcome::IsNotSent)));
             }
             continue;
         }
-        actions.extend([Action::ToDevice(device), Action::Disconnect(device)]);
+        actions.push(Action::Disconnect(device));
+        if run.link.as_ref().is_some_and(|link| !link.down.is_empty()) {
+            actions.push(Action::ToDevice(device));
+        }
         if config.heartbeats {
             actions.push(Action::Heartbeat(device));
         }
@@ -168,11 +189,18 @@ pub(crate) fn of_hosts(config: &Config, state: &State, actions: &mut Vec<Action>
         if state.spent.planned_restarts < config.planned_restarts {
             actions.push(Action::HostStop(process));
         }
+        if host.running == Running::Yes && !host.start.is_empty() {
+            actions.push(Action::StartOn(process));
+        }
         if config.pauses > 0 {
             if state.spent.pauses < config.pauses && host.running == Running::Yes {
                 actions.push(Action::Pause(process));
             }
-            actions.extend([Action::Wake(process), Action::Watchdog(process)]);
+            if host.running == Running::Paused {
+                actions.push(Action::Wake(process));
+            } else if host.serves() {
+                actions.push(Action::Watchdog(process));
+            }
         }
     }
     match state.hosts.last() {

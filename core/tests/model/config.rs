@@ -9,6 +9,8 @@ pub(crate) struct Config {
     pub(crate) name: &'static str,
     pub(crate) devices: &'static [DeviceKind],
     pub(crate) pages: u8,
+    /// Each page is an address space of its own, and each device has subscribed to that of the page of its number.
+    pub(crate) apart: bool,
     pub(crate) events: u8,
     /// The highest tick of either clock.
     pub(crate) horizon: u8,
@@ -48,6 +50,13 @@ pub(crate) struct DeviceKind {
     pub(crate) fencer: bool,
 }
 
+impl Config {
+    /// Whether the device is told of what happens to the page.
+    pub(crate) fn subscribes(&self, device: usize, page: u8) -> bool {
+        !self.apart || device == usize::from(page)
+    }
+}
+
 const PLAIN: DeviceKind = DeviceKind { enforces: true, fencer: false };
 const FENCEABLE: DeviceKind = DeviceKind { enforces: true, fencer: true };
 const UNLEASED: DeviceKind = DeviceKind { enforces: false, fencer: true };
@@ -57,6 +66,7 @@ const NOTHING: Config = Config {
     name: "",
     devices: &[PLAIN],
     pages: 1,
+    apart: false,
     events: 1,
     horizon: 0,
     skew: 1,
@@ -103,6 +113,19 @@ pub(crate) const MERGE: Config = Config {
     disconnects: 1,
     floor: 500,
     reaches: &["merged", "resumed", "released"],
+    ..NOTHING
+};
+
+/// Two address spaces, the device of one of which may say nothing for ever; time stands still.
+pub(crate) const APART: Config = Config {
+    name: "two address spaces",
+    devices: &[PLAIN, PLAIN],
+    pages: 2,
+    apart: true,
+    events: 2,
+    sessions: 2,
+    floor: 3_000,
+    reaches: &["released beside a round that waits", "released"],
     ..NOTHING
 };
 
@@ -233,15 +256,67 @@ pub(crate) const RESTART_CLOCKS: Config = Config {
     ..NOTHING
 };
 
-/// The host agent is stopped and goes on, and may crash after that; time stands still.
+/// The host agent is stopped at any point and goes on, and may crash before and after that, in its start, too; time
+/// stands still.
 pub(crate) const PLANNED: Config = Config {
     name: "planned restart",
     events: 2,
     sessions: 2,
     planned_restarts: 1,
+    host_crashes: 2,
+    floor: 3_000,
+    reaches: &[
+        "resumed after a planned restart",
+        "stopped in the grace period",
+        "left out",
+        "crashed in its start",
+        "grace over: left",
+        "released",
+    ],
+    ..NOTHING
+};
+
+/// The same beside a device agent that crashes, so that a grace period is not over when a new run of it is there.
+pub(crate) const PLANNED_GRACE: Config = Config {
+    name: "planned restart in the grace period",
+    sessions: 2,
+    device_crashes: 1,
+    planned_restarts: 1,
     host_crashes: 1,
     floor: 3_000,
-    reaches: &["resumed after a planned restart", "grace over: left", "released"],
+    reaches: &["stopped in the grace period", "new run beside the old one", "released"],
+    ..NOTHING
+};
+
+/// A successor that goes on hangs in its start, and another takes over that could go on with the same.
+pub(crate) const PLANNED_HANG: Config = Config {
+    name: "planned restart that hangs",
+    sessions: 2,
+    planned_restarts: 1,
+    pauses: 1,
+    floor: 3_000,
+    reaches: &["resumed after a planned restart", "hung in its start", "left out", "released"],
+    ..NOTHING
+};
+
+/// Restarts in a row, planned and not, on running clocks: whose lease ends when.
+pub(crate) const RESTARTS: Config = Config {
+    name: "restarts in a row",
+    horizon: 4,
+    skew: 0,
+    faults: false,
+    heartbeats: true,
+    planned_restarts: 1,
+    host_crashes: 1,
+    floor: 10_000,
+    reaches: &[
+        "resumed after a planned restart",
+        "stopped in the grace period",
+        "crashed in its start",
+        "renewed",
+        "grace over: lease",
+        "released after a crash",
+    ],
     ..NOTHING
 };
 
@@ -253,7 +328,12 @@ pub(crate) const TAKEOVER: Config = Config {
     disconnects: 1,
     pauses: 1,
     floor: 10_000,
-    reaches: &["woke beside its successor", "old answer on its way", "released after a takeover"],
+    reaches: &[
+        "woke beside its successor",
+        "woke beside a start",
+        "old answer on its way",
+        "released after a takeover",
+    ],
     ..NOTHING
 };
 
@@ -265,14 +345,20 @@ pub(crate) const TAKEOVER_CLOCKS: Config = Config {
     heartbeats: true,
     pauses: 1,
     floor: 10_000,
-    reaches: &["woke beside its successor", "grace over: lease", "released after a takeover"],
+    reaches: &[
+        "woke beside its successor",
+        "woke beside a start",
+        "grace over: lease",
+        "released after a takeover",
+    ],
     ..NOTHING
 };
 
 /// Every configuration.
-pub(crate) const EVERY: [Config; 15] = [
+pub(crate) const EVERY: [Config; 19] = [
     ROUND,
     MERGE,
+    APART,
     JOIN,
     LEASE,
     FENCE,
@@ -284,6 +370,9 @@ pub(crate) const EVERY: [Config; 15] = [
     RESTART,
     RESTART_CLOCKS,
     PLANNED,
+    PLANNED_GRACE,
+    PLANNED_HANG,
+    RESTARTS,
     TAKEOVER,
     TAKEOVER_CLOCKS,
 ];

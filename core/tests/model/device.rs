@@ -16,6 +16,8 @@ use crate::world::World;
 pub(crate) enum Welcome {
     Arrives,
     IsLost,
+    /// The host agent crashes when the session is durable.
+    IsNotSent,
 }
 
 impl World<'_> {
@@ -38,7 +40,9 @@ impl World<'_> {
     pub(crate) fn connect(&mut self, device: usize, process: u8, welcome: Welcome) -> Option<()> {
         let at = self.acts(process)?;
         let run = self.run(device);
-        if run.link.is_some() || run.must_flush || !self.owns_journal(at) {
+        // It looks when the record is written: a successor finds the session, or this finds the successor.
+        let current = self.owns_journal(at) || self.broken(Mutation::LookBeforeRecord);
+        if run.link.is_some() || run.must_flush || !current {
             return None;
         }
         // A host agent that has a successor which this device knows.
@@ -47,11 +51,22 @@ impl World<'_> {
         }
         let before = run.clone();
         match run.session.clone() {
+            Some(_) if welcome == Welcome::IsNotSent => return None,
             Some(joined) => self.reconnect(at, device, &joined)?,
             None => self.join(at, device)?,
         }
-        if welcome == Welcome::IsLost {
-            *self.run_mut(device) = before;
+        let recorded = !self.broken(Mutation::WelcomeBeforeRecord);
+        match welcome {
+            Welcome::Arrives => {}
+            Welcome::IsLost => *self.run_mut(device) = before,
+            Welcome::IsNotSent => {
+                self.state.hosts.remove(at);
+                if recorded {
+                    *self.run_mut(device) = before;
+                } else {
+                    self.state.journal.sessions.pop();
+                }
+            }
         }
         Some(())
     }
@@ -78,11 +93,11 @@ impl World<'_> {
     fn begin_session(&mut self, at: usize, device: usize, this_run: usize) -> Option<()> {
         let id = self.new_session(at, device, this_run)?;
         let host = &self.state.hosts[at];
-        let (process, incarnation) = (host.process, host.incarnation);
+        let (process, incarnation, registration) = (host.process, host.incarnation, host.registration);
         let mut lease = DeviceLease::new(terms().drift_ppm, terms().margin);
         lease.on_granted(moment(self.state.device_clock), terms().duration);
         let run = self.run_mut(device);
-        run.session = Some(Joined { incarnation, id, lease, books: AckTracker::new() });
+        run.session = Some(Joined { incarnation, registration, id, lease, books: AckTracker::new() });
         run.link = Some(Link { process, down: Vec::new() });
         run.flushing.clear();
         run.arrived = 0;
@@ -100,6 +115,7 @@ impl World<'_> {
         let this_run = self.state.devices[device].runs.len() - 1;
         let received = joined.books.last_received().map_or(0, |last| last.get() as u8);
         let any_incarnation = self.broken(Mutation::AnyIncarnationResumes);
+        let survivors_do = self.broken(Mutation::SurvivorResumes);
         let host = &self.state.hosts[at];
         let (process, incarnation) = (host.process, host.incarnation);
         let goes_on = host.session(joined.id).is_some_and(|session| {
@@ -108,7 +124,8 @@ impl World<'_> {
             !session.phase.is_over()
                 && session.run == this_run
                 && !session.lease.is_expired(moment(now))
-                && (joined.incarnation == incarnation && fits || any_incarnation)
+                && (joined.incarnation == incarnation && fits && (!session.survivor || survivors_do)
+                    || any_incarnation)
         });
         if !goes_on {
             if self.broken(Mutation::ResumeSkipsFlush) {
@@ -319,10 +336,10 @@ impl World<'_> {
     pub(crate) fn begin_access(&mut self, device: usize, page: Page) -> Option<()> {
         let run = self.run(device);
         let (held, id) = (run.tlb[usize::from(page)]?, run.session_id()?);
-        let admitted = self.state.hosts.iter().any(|host| {
-            host.running == crate::state::Running::Yes
-                && host.session(id).is_some_and(|session| !session.phase.is_over())
-        });
+        let admitted =
+            self.state.hosts.iter().any(|host| {
+                host.serves() && host.session(id).is_some_and(|session| !session.phase.is_over())
+            });
         if run.access.is_some() || !admitted || !self.state.can_use(self.config, device, run) {
             return None;
         }

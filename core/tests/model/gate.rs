@@ -13,7 +13,8 @@ impl World<'_> {
         let host = &self.state.hosts[at];
         let session = host.session(id)?;
         let frame = self.state.source.mapped[usize::from(page)];
-        let asks = run.tlb[usize::from(page)].is_none()
+        let asks = self.config.subscribes(device, page)
+            && run.tlb[usize::from(page)].is_none()
             && !link.down.iter().any(|message| matches!(message, Down::Grant(of, _) if *of == page))
             && !host.tickets.iter().any(|ticket| (ticket.session, ticket.page) == (id, page))
             && !(run.flushing.iter().any(|(_, pages)| pages >> page & 1 == 1));
@@ -23,7 +24,7 @@ impl World<'_> {
             || !may
             || held && !self.broken(Mutation::GrantInBracket)
             || host.in_grace()
-            || self.state.source.registered != host.incarnation
+            || self.state.source.registered != host.registration
         {
             return None;
         }
@@ -44,7 +45,7 @@ impl World<'_> {
         if committed {
             let host = &self.state.hosts[at];
             let in_bracket = host.brackets.iter().any(|&called| self.covers(called, ticket.page));
-            let unaccounted = self.an_older_lease_may_be_used(host.incarnation);
+            let unaccounted = self.an_older_lease_may_be_used(host.registration);
             self.state.ghost.granted_in_window |= in_bracket || ticket.spoiled;
             self.state.ghost.acted_in_grace |= unaccounted;
             self.send_down(at, ticket.session, Down::Grant(ticket.page, ticket.frame));
@@ -57,10 +58,11 @@ impl World<'_> {
         self.state.source.events.get(usize::from(called)).map_or(page == 0, |call| call.page == page)
     }
 
-    /// The truth that RestartGrace is about: a device that may use what an earlier incarnation granted.
-    pub(crate) fn an_older_lease_may_be_used(&self, incarnation: u8) -> bool {
+    /// The truth that RestartGrace is about: a device that may use what was granted by an earlier run, which this
+    /// one does not go on for.
+    pub(crate) fn an_older_lease_may_be_used(&self, registration: u8) -> bool {
         self.state.runs().any(|(device, _, run)| {
-            run.session.as_ref().is_some_and(|joined| joined.incarnation < incarnation)
+            run.session.as_ref().is_some_and(|joined| joined.registration < registration)
                 && self.state.can_use(self.config, device, run)
         })
     }

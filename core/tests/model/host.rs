@@ -12,17 +12,17 @@ use shootdown_core::{Ack, DeviceId, SessionId};
 use crate::mutations::Mutation;
 use crate::round::{OpenRound, TheRound, event};
 use crate::state::{
-    CallState, Down, Ended, Page, Pending, Running, Sent, Session, Set, T_ACK, T_FENCE, Up, members, moment,
-    number, range_of, terms,
+    CallState, Down, Ended, Page, Pending, Sent, Session, Set, T_ACK, T_FENCE, Up, members, moment, number,
+    range_of, terms,
 };
 use crate::world::World;
 
 impl World<'_> {
-    /// A host agent that acts: it runs, and the journal is still its own where it must look
+    /// A host agent that acts: it runs and serves, and the journal is still its own where it must look
     /// (`server/`, takeover).
     pub(crate) fn acts(&self, process: u8) -> Option<usize> {
         let at = self.state.hosts.iter().position(|host| host.process == process)?;
-        (self.state.hosts[at].running == Running::Yes).then_some(at)
+        self.state.hosts[at].serves().then_some(at)
     }
 
     pub(crate) fn owns_journal(&self, at: usize) -> bool {
@@ -42,6 +42,7 @@ impl World<'_> {
     pub(crate) fn open_round(&mut self, at: usize, called: u8, page: Page) {
         let now = self.state.host_clock;
         let method = if self.config.young { Method::ClearFlushYoung } else { Method::Invalidate };
+        let (config, one_list) = (self.config, self.broken(Mutation::OneListForAll));
         let forgets_accesses = self.broken(Mutation::FencedIsNoTarget);
         let host = &mut self.state.hosts[at];
         host.seq += 1;
@@ -53,7 +54,8 @@ impl World<'_> {
         // One that is over is a target until its accesses are known to have ended.
         let is_target = |session: &&Session| {
             let over = session.phase.is_over() && (session.told || forgets_accesses);
-            !over && session.subscription.is_published()
+            let is_told = one_list || config.subscribes(session.device, page);
+            !over && is_told && session.subscription.is_published()
         };
         let targets: Vec<(u8, usize)> =
             host.sessions.iter().filter(is_target).map(|session| (session.id, session.device)).collect();

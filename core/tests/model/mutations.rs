@@ -1,8 +1,8 @@
 //! One wrong rule at a time, and the property that it breaks.
 
 use crate::config::{
-    Config, DEVICE_CRASH, FENCE, JOIN, LEASE, LOSS, MERGE, PLANNED, RECONNECT, RESTART, RESUME, ROUND,
-    TAKEOVER, TAKEOVER_CLOCKS, UNSTOPPED,
+    APART, Config, DEVICE_CRASH, FENCE, JOIN, LEASE, LOSS, MERGE, PLANNED, PLANNED_GRACE, PLANNED_HANG,
+    RECONNECT, RESTART, RESTARTS, RESUME, ROUND, TAKEOVER, TAKEOVER_CLOCKS, UNSTOPPED,
 };
 
 /// A rule that is broken.
@@ -54,12 +54,34 @@ pub(crate) enum Mutation {
     FencedIsNoTarget,
     /// After a crash nobody is waited for.
     NoGrace,
+    /// A successor reads its clock before it has taken the journal.
+    ClockReadBeforeJournal,
+    /// A successor reads who may hold leases before it has taken the journal.
+    SessionsReadBeforeJournal,
+    /// A device is welcomed before its session is durable.
+    WelcomeBeforeRecord,
+    /// Whether there is a successor is looked at first, and the session's record written then.
+    LookBeforeRecord,
+    /// A run that has a successor before it has written that it began serves all the same.
+    SupersededBegins,
+    /// The run after a planned restart waits for nobody.
+    SurvivorsForgottenWhenPlanned,
+    /// A planned restart hands survivors over as sessions that go on.
+    SurvivorHandedOver,
+    /// A session that a planned restart left out is resumed: the incarnation is the same.
+    SurvivorResumes,
+    /// Each start counts the leases of survivors anew.
+    LeaseCountedAnew,
+    /// A session that a planned restart hands over is marked as one that nobody renews.
+    ResumedIsUnrenewed,
     /// Another run of its device ends a session.
     AnyRunEndsSurvivor,
     /// A host agent that has a successor goes on as before.
     SupersededGoesOn,
     /// The source takes an answer of an incarnation that has a successor.
     OldAnswerTaken,
+    /// There is one list of subscribers for all address spaces.
+    OneListForAll,
     /// Heartbeats renew the lease of a session that owes an ack.
     SuspectRenewed,
     /// A resume renews the lease.
@@ -69,7 +91,7 @@ pub(crate) enum Mutation {
 }
 
 /// Each mutation, the property that finds it, and the configuration in which it does.
-pub(crate) const MUTATIONS: [(Mutation, &str, Config); 36] = [
+pub(crate) const MUTATIONS: [(Mutation, &str, Config); 48] = [
     (Mutation::DeadlineReleases, "NoFreeBeforeQuiesce", ROUND),
     (Mutation::AckBeforeFlush, "AckMeansStopped", ROUND),
     (Mutation::AckBeforeFlush, "NoStaleUse", ROUND),
@@ -101,7 +123,19 @@ pub(crate) const MUTATIONS: [(Mutation, &str, Config); 36] = [
     (Mutation::AnyRunEndsSurvivor, "RestartGrace", RESTART),
     (Mutation::SupersededGoesOn, "RestartGrace", TAKEOVER),
     (Mutation::SupersededGoesOn, "RestartGrace", TAKEOVER_CLOCKS),
+    (Mutation::ClockReadBeforeJournal, "RestartGrace", TAKEOVER_CLOCKS),
+    (Mutation::SessionsReadBeforeJournal, "RestartGrace", TAKEOVER),
+    (Mutation::SessionsReadBeforeJournal, "NoStaleUse", TAKEOVER),
+    (Mutation::WelcomeBeforeRecord, "RestartGrace", RESTART),
+    (Mutation::LookBeforeRecord, "RestartGrace", TAKEOVER),
+    (Mutation::SupersededBegins, "Pairing", PLANNED_HANG),
+    (Mutation::SurvivorsForgottenWhenPlanned, "RestartGrace", PLANNED),
+    (Mutation::SurvivorHandedOver, "RestartGrace", PLANNED_GRACE),
+    (Mutation::SurvivorResumes, "RestartGrace", PLANNED),
+    (Mutation::ResumedIsUnrenewed, "RestartGrace", RESTARTS),
+    (Mutation::LeaseCountedAnew, "BoundedResolution", RESTARTS),
     (Mutation::OldAnswerTaken, "NoStaleUse", TAKEOVER),
+    (Mutation::OneListForAll, "Isolation", APART),
     (Mutation::SuspectRenewed, "BoundedResolution", LEASE),
     (Mutation::ResumeRenewsLease, "BoundedResolution", RECONNECT),
     (Mutation::SecondAckWithoutYoung, "YoungIsConservative", RESUME),

@@ -1,4 +1,4 @@
-//! The invariants, and what must be reachable.
+//! The invariants.
 //!
 //! A property reads what is: what TLBs hold, what is on its way, what was released; two read a fact that
 //! the state forgets ([`crate::state::Ghost`]). NoStaleUse is what all the others are for.
@@ -10,15 +10,14 @@ use shootdown_core::session::Phase;
 use crate::host::session_id;
 use crate::round::OpenRound;
 use crate::state::{
-    CallState, Down, Ended, Host, Running, Session, Set, State, Subscription, T_ACK, T_FENCE, Up, moment,
-    number,
+    CallState, Down, Host, Session, Set, State, Subscription, T_ACK, T_FENCE, Up, moment, number,
 };
 use crate::world::Shootdown;
 
-type Condition = fn(&Shootdown, &State) -> bool;
+pub(crate) type Condition = fn(&Shootdown, &State) -> bool;
 
 /// What holds in every state.
-pub(crate) const ALWAYS: [(&str, Condition); 19] = [
+pub(crate) const ALWAYS: [(&str, Condition); 20] = [
     ("NoStaleUse", no_stale_use),
     ("NoFreeBeforeQuiesce", no_free_before_quiesce),
     ("AckMeansStopped", ack_means_stopped),
@@ -36,6 +35,7 @@ pub(crate) const ALWAYS: [(&str, Condition); 19] = [
     ("FenceIsPositive", fence_is_positive),
     ("FenceReachesReuse", fence_reaches_reuse),
     ("RestartGrace", |_, state| !state.ghost.acted_in_grace),
+    ("Isolation", isolation),
     ("BoundedResolution", bounded_resolution),
     ("YoungIsConservative", young_is_conservative),
 ];
@@ -50,12 +50,15 @@ fn no_stale_use(model: &Shootdown, state: &State) -> bool {
     })
 }
 
-fn rounds(state: &State) -> impl Iterator<Item = (&Host, &OpenRound)> {
+pub(crate) fn rounds(state: &State) -> impl Iterator<Item = (&Host, &OpenRound)> {
     state.hosts.iter().flat_map(|host| host.rounds.iter().map(move |open| (host, open)))
 }
 
 /// The sessions of a host agent that a round waits for.
-fn waited_for<'a>(host: &'a Host, open: &'a OpenRound) -> impl Iterator<Item = Option<&'a Session>> {
+pub(crate) fn waited_for<'a>(
+    host: &'a Host,
+    open: &'a OpenRound,
+) -> impl Iterator<Item = Option<&'a Session>> {
     open.round.0.missing().map(|target| of_target(host, target))
 }
 
@@ -73,7 +76,7 @@ pub(crate) fn rounds_that_wait_for(host: &Host, id: u8) -> impl Iterator<Item = 
 fn no_free_before_quiesce(_: &Shootdown, state: &State) -> bool {
     rounds(state).all(|(host, open)| {
         let call = &state.source.events[usize::from(open.event)];
-        let freed = call.state == CallState::Released && call.incarnation == host.incarnation;
+        let freed = call.state == CallState::Released && call.registration == host.registration;
         !freed || open.round.0.is_complete()
     })
 }
@@ -112,9 +115,11 @@ fn has_stopped(state: &State, session: &Session, called: u8) -> bool {
 }
 
 /// Who subscribed is told of every event above the sequence that it read.
-fn join_covers(_: &Shootdown, state: &State) -> bool {
+fn join_covers(model: &Shootdown, state: &State) -> bool {
     rounds(state).all(|(host, open)| {
-        host.sessions.iter().all(|session| match session.subscription {
+        let page = state.source.events[usize::from(open.event)].page;
+        let told = host.sessions.iter().filter(|session| model.config.subscribes(session.device, page));
+        told.into_iter().all(|session| match session.subscription {
             Subscription::Subscribed(seq) if !session.survivor && !session.phase.is_over() => {
                 open.seq <= seq || open.targets.contains(&session.id)
             }
@@ -150,7 +155,7 @@ fn unsubscribe_barrier(_: &Shootdown, state: &State) -> bool {
 
 fn pairing(_: &Shootdown, state: &State) -> bool {
     state.hosts.iter().all(|host| {
-        state.source.events.iter().enumerate().filter(|(_, call)| call.incarnation == host.incarnation).all(
+        state.source.events.iter().enumerate().filter(|(_, call)| call.registration == host.registration).all(
             |(called, call)| {
                 let open = host.brackets.iter().filter(|bracket| usize::from(**bracket) == called).count();
                 open == usize::from(!call.bracket_ended)
@@ -256,20 +261,40 @@ fn fence_reaches_reuse(_: &Shootdown, state: &State) -> bool {
     })
 }
 
+/// A round waits for devices of its own address space only.
+fn isolation(model: &Shootdown, state: &State) -> bool {
+    rounds(state).all(|(host, open)| {
+        let page = state.source.events[usize::from(open.event)].page;
+        waited_for(host, open).flatten().all(|session| model.config.subscribes(session.device, page))
+    })
+}
+
 /// No caller waits for longer than T_ack and T_fence after its notice was first sent, or after its round
 /// was opened where it was not. A host agent that was stopped is late, whatever it does.
 fn bounded_resolution(model: &Shootdown, state: &State) -> bool {
     let late =
         |since: Moment| moment(state.host_clock) > since + (moment(T_ACK + T_FENCE).since(Moment::ZERO));
     model.config.pauses > 0
-        || rounds(state).all(|(host, open)| {
-            let call = &state.source.events[usize::from(open.event)];
-            let waits = call.state == CallState::Waiting && call.incarnation == host.incarnation;
-            !waits
-                || waited_for(host, open)
-                    .flatten()
-                    .all(|session| !late(session.sent_at(open.event).map_or(open.round.0.opened(), moment)))
-        })
+        || leases_end(state)
+            && rounds(state).all(|(host, open)| {
+                let call = &state.source.events[usize::from(open.event)];
+                let waits = call.state == CallState::Waiting && call.registration == host.registration;
+                !waits
+                    || waited_for(host, open).flatten().all(|session| {
+                        !late(session.sent_at(open.event).map_or(open.round.0.opened(), moment))
+                    })
+            })
+}
+
+/// However often the host agent is restarted, nobody is waited for longer than for one lease.
+fn leases_end(state: &State) -> bool {
+    let since = |id: u8| {
+        let durable = state.journal.sessions.iter().find(|durable| durable.id == id);
+        durable.and_then(|durable| durable.unrenewed_since)
+    };
+    state.hosts.iter().flat_map(|host| &host.sessions).filter(|session| session.survivor).all(|session| {
+        since(session.id).is_none_or(|since| session.lease.expires() <= moment(since + T_FENCE))
+    })
 }
 
 /// A page that was used is not said to be old.
@@ -279,92 +304,4 @@ fn young_is_conservative(model: &Shootdown, state: &State) -> bool {
             let call = &state.source.events[usize::from(open.event)];
             !open.round.0.is_complete() || !call.used || open.round.0.young()
         })
-}
-
-/// What a configuration must be able to reach.
-pub(crate) const SOMETIMES: [(&str, Condition); 25] = [
-    ("released", |_, state| calls(state, CallState::Released)),
-    ("quarantined", |_, state| calls(state, CallState::Parked)),
-    ("quarantine released", |_, state| {
-        state.source.events.iter().any(|call| call.was_parked && call.state == CallState::Released)
-    }),
-    ("acked by all", |_, state| {
-        rounds(state).any(|(_, open)| {
-            let reports = open.round.0.reports();
-            reports.len() > 1 && reports.iter().all(|report| report.outcome == Outcome::Acked)
-        })
-    }),
-    ("merged", |_, state| {
-        sessions(state).any(|session| session.sent.iter().any(|sent| sent.events.count_ones() > 1))
-    }),
-    ("unsubscribed", |_, state| {
-        sessions(state).any(|session| session.subscription == Subscription::Unsubscribed)
-    }),
-    ("suspect", |_, state| sessions(state).any(|session| session.phase == Phase::Suspect)),
-    ("fenced by lease", |_, state| ended(state, Ended::LeaseExpired)),
-    ("fenced by a fencer", |_, state| ended(state, Ended::FencerConfirmed)),
-    ("left", |_, state| ended(state, Ended::Left)),
-    ("resumed", |_, state| sessions(state).any(|session| session.resumed)),
-    ("resumed after a planned restart", |_, state| {
-        let planned = state.hosts.iter().filter(|host| host.planned);
-        planned.into_iter().any(|host| host.sessions.iter().any(|session| session.resumed))
-    }),
-    ("acked again", |_, state| sessions(state).any(acked_again)),
-    ("gap", |_, state| state.runs().any(|(_, _, run)| run.must_flush)),
-    ("new run beside the old one", |_, state| {
-        let new_runs = state.devices.iter().filter(|device| device.runs.len() > 1);
-        new_runs.into_iter().any(|device| device.runs.last().is_some_and(|run| run.link.is_some()))
-            && sessions(state).any(|session| session.run == 0 && !session.phase.is_over())
-    }),
-    ("grace", |_, state| state.hosts.iter().any(Host::in_grace)),
-    ("grace over: left", |_, state| grace_over(state, Ended::Left)),
-    ("grace over: lease", |_, state| grace_over(state, Ended::LeaseExpired)),
-    ("grace over: fencer", |_, state| grace_over(state, Ended::FencerConfirmed)),
-    ("released after a crash", |_, state| state.spent.host_crashes > 0 && released_by_a_successor(state)),
-    ("released after a takeover", |_, state| state.spent.pauses > 0 && released_by_a_successor(state)),
-    ("woke beside its successor", |_, state| {
-        state.hosts.len() > 1 && state.hosts.iter().all(|host| host.running == Running::Yes)
-    }),
-    ("old answer on its way", |_, state| {
-        let old = |answer: u8| answer < state.source.registered;
-        state.source.events.iter().any(|call| call.answer.is_some_and(old))
-    }),
-    ("a newer frame is held", |_, state| {
-        state.runs().any(|(_, _, run)| run.tlb.iter().flatten().any(|held| held.frame > 0))
-    }),
-    ("renewed", |_, state| {
-        let first = moment(T_FENCE);
-        sessions(state).any(|session| session.lease.expires() > first)
-    }),
-];
-
-fn sessions(state: &State) -> impl Iterator<Item = &Session> {
-    state.hosts.iter().flat_map(|host| &host.sessions)
-}
-
-fn calls(state: &State, in_state: CallState) -> bool {
-    state.source.events.iter().any(|call| call.state == in_state)
-}
-
-fn ended(state: &State, how: Ended) -> bool {
-    sessions(state).any(|session| session.ended == Some(how) && session.told)
-}
-
-fn grace_over(state: &State, how: Ended) -> bool {
-    let over = state.hosts.iter().filter(|host| !host.in_grace());
-    over.into_iter()
-        .any(|host| host.sessions.iter().any(|session| session.survivor && session.ended == Some(how)))
-}
-
-fn released_by_a_successor(state: &State) -> bool {
-    state.source.events.iter().any(|call| call.state == CallState::Released && call.incarnation > 1)
-}
-
-/// An ack is on its way that names a notice which was acked before.
-fn acked_again(session: &Session) -> bool {
-    let known = |n: u64| session.sent.iter().any(|sent| u64::from(sent.n) == n);
-    session.up.iter().any(|up| match up {
-        Up::Ack(ack) => ack.selective.iter().any(|n| !known(n.get())),
-        Up::Heartbeat(_) => false,
-    })
 }

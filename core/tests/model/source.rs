@@ -1,15 +1,14 @@
 //! What the source does: it calls, waits, releases, and calls again when the host agent is another one.
 
 use crate::mutations::Mutation;
-use crate::state::{CallState, Called, Page, REFUSED, Running};
+use crate::state::{CallState, Called, Host, Page, REFUSED};
 use crate::world::World;
 
 impl World<'_> {
     /// The host agent that the source speaks to.
     fn registered(&self) -> Option<usize> {
         let registered = self.state.source.registered;
-        let speaks =
-            |host: &crate::state::Host| host.incarnation == registered && host.running == Running::Yes;
+        let speaks = |host: &Host| host.registration == registered && host.serves();
         self.state.hosts.iter().rposition(speaks)
     }
 
@@ -27,7 +26,7 @@ impl World<'_> {
         self.state.source.events.push(Called {
             page,
             frame,
-            incarnation: self.state.source.registered,
+            registration: self.state.source.registered,
             state: CallState::Waiting,
             answer: None,
             bracket_ended: false,
@@ -56,8 +55,8 @@ impl World<'_> {
             return None;
         }
         if self.broken(Mutation::DeadlineReleases) {
-            let incarnation = call.incarnation;
-            self.release(called, incarnation);
+            let registration = call.registration;
+            self.release(called, registration);
         } else {
             self.park(called);
         }
@@ -72,31 +71,31 @@ impl World<'_> {
         let call = self.state.source.events.get(usize::from(called))?;
         let due = call.state != CallState::Released && call.answer.is_none();
         if !due
-            || call.incarnation != host.incarnation
+            || call.registration != host.registration
             || !open.round.0.is_complete()
             || !self.owns_journal(at)
         {
             return None;
         }
-        self.state.source.events[usize::from(called)].answer = Some(host.incarnation);
+        self.state.source.events[usize::from(called)].answer = Some(host.registration);
         Some(())
     }
 
-    /// The answer arrives. One of an incarnation that has a successor which the source knows is refused.
+    /// The answer arrives. One of a host agent that has a successor which the source knows is refused.
     pub(crate) fn take_answer(&mut self, called: u8) -> Option<()> {
         let old_taken = self.broken(Mutation::OldAnswerTaken);
         let registered = self.state.source.registered;
         let call = &mut self.state.source.events[usize::from(called)];
-        let incarnation = call.answer.take()?;
-        if incarnation >= registered || old_taken {
-            self.release(called, incarnation);
+        let registration = call.answer.take()?;
+        if registration >= registered || old_taken {
+            self.release(called, registration);
         }
         Some(())
     }
 
     /// The frame is somebody else's from here on.
-    fn release(&mut self, called: u8, incarnation: u8) {
-        self.state.ghost.acted_in_grace |= self.an_older_lease_may_be_used(incarnation);
+    fn release(&mut self, called: u8, registration: u8) {
+        self.state.ghost.acted_in_grace |= self.an_older_lease_may_be_used(registration);
         let source = &mut self.state.source;
         let call = &mut source.events[usize::from(called)];
         call.state = CallState::Released;
@@ -114,7 +113,7 @@ impl World<'_> {
         let host = &mut self.state.hosts[at];
         let source = &mut self.state.source;
         let call = &mut source.events[usize::from(called)];
-        if call.bracket_ended || call.state == CallState::Waiting || call.incarnation != host.incarnation {
+        if call.bracket_ended || call.state == CallState::Waiting || call.registration != host.registration {
             return None;
         }
         call.bracket_ended = true;
@@ -130,11 +129,11 @@ impl World<'_> {
 
     /// The source finds the successor.
     pub(crate) fn register(&mut self) -> Option<()> {
-        let host = self.state.hosts.last().filter(|host| host.running == Running::Yes)?;
-        if host.incarnation <= self.state.source.registered {
+        let host = self.state.hosts.last().filter(|host| host.serves())?;
+        if host.registration <= self.state.source.registered {
             return None;
         }
-        self.state.source.registered = host.incarnation;
+        self.state.source.registered = host.registration;
         Some(())
     }
 
@@ -143,10 +142,10 @@ impl World<'_> {
         let at = self.registered()?;
         let registered = self.state.source.registered;
         let call = &mut self.state.source.events[usize::from(called)];
-        if call.incarnation >= registered || call.state == CallState::Released {
+        if call.registration >= registered || call.state == CallState::Released {
             return None;
         }
-        call.incarnation = registered;
+        call.registration = registered;
         call.state = CallState::Waiting;
         call.bracket_ended = false;
         let page = call.page;

@@ -6,6 +6,7 @@ use shootdown_core::session::Phase;
 use shootdown_core::{Ack, AddrRange, NoticeNumber, PageSize};
 
 use crate::config::Config;
+use crate::restart::{Read, Step};
 use crate::round::OpenRound;
 pub(crate) use crate::ticks::{T_ACK, T_FENCE, moment, terms};
 
@@ -72,8 +73,15 @@ pub(crate) struct Ghost {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Host {
     pub(crate) process: u8,
+    /// 0: it has not begun.
     pub(crate) incarnation: u8,
+    /// Which registration of the address space it serves: one of its own, or that which a planned restart left.
+    pub(crate) registration: u8,
     pub(crate) running: Running,
+    /// What is left of its start, before it serves anybody.
+    pub(crate) start: &'static [Step],
+    /// What it read and has not acted on.
+    pub(crate) read: Read,
     /// It took over the resume points of a planned restart.
     pub(crate) planned: bool,
     pub(crate) sessions: Vec<Session>,
@@ -203,6 +211,8 @@ pub(crate) struct Journal {
     /// The process whose file it is.
     pub(crate) owner: u8,
     pub(crate) incarnation: u8,
+    /// Registrations of the address space so far. None is used twice.
+    pub(crate) last_registration: u8,
     pub(crate) next_session: u8,
     /// Sessions that may hold leases.
     pub(crate) sessions: Vec<Durable>,
@@ -216,12 +226,14 @@ pub(crate) struct Durable {
     pub(crate) device: usize,
     pub(crate) run: usize,
     pub(crate) enforces: bool,
+    /// The tick of the host's clock at which the first run began that could not renew its lease.
+    pub(crate) unrenewed_since: Option<u8>,
 }
 
 /// Whose memory it is: a process of its own, which outlives the host agent.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Source {
-    /// The highest incarnation it has spoken to.
+    /// Its last registration.
     pub(crate) registered: u8,
     pub(crate) mapped: Vec<Frame>,
     /// For each page its frames that were released.
@@ -234,10 +246,10 @@ pub(crate) struct Source {
 pub(crate) struct Called {
     pub(crate) page: Page,
     pub(crate) frame: Frame,
-    /// The incarnation that was called.
-    pub(crate) incarnation: u8,
+    /// The registration that it belongs to.
+    pub(crate) registration: u8,
     pub(crate) state: CallState,
-    /// The incarnation whose answer "quiesced" is on its way.
+    /// The registration for which the answer "quiesced" is on its way.
     pub(crate) answer: Option<u8>,
     pub(crate) bracket_ended: bool,
     /// It was answered NOT_QUIESCED.
@@ -288,6 +300,8 @@ pub(crate) struct Run {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Joined {
     pub(crate) incarnation: u8,
+    /// The registration by which it may hold pages. No rule reads it.
+    pub(crate) registration: u8,
     pub(crate) id: u8,
     pub(crate) lease: DeviceLease,
     pub(crate) books: AckTracker,
@@ -313,10 +327,11 @@ impl State {
         Self {
             host_clock: 0,
             device_clock: 0,
-            hosts: vec![Host::new(1, 1)],
+            hosts: vec![Host { incarnation: 1, registration: 1, ..Host::new(1, &[]) }],
             journal: Journal {
                 owner: 1,
                 incarnation: 1,
+                last_registration: 1,
                 next_session: 1,
                 sessions: Vec::new(),
                 resume_points: None,
@@ -363,11 +378,15 @@ impl State {
 }
 
 impl Host {
-    pub(crate) fn new(process: u8, incarnation: u8) -> Self {
+    /// A process that has all of its start before it, but for what is not in `start`.
+    pub(crate) fn new(process: u8, start: &'static [Step]) -> Self {
         Self {
             process,
-            incarnation,
+            incarnation: 0,
+            registration: 0,
             running: Running::Yes,
+            start,
+            read: Read::default(),
             planned: false,
             sessions: Vec::new(),
             rounds: Vec::new(),
@@ -375,6 +394,11 @@ impl Host {
             tickets: Vec::new(),
             seq: 0,
         }
+    }
+
+    /// Whether it runs, and has begun to serve.
+    pub(crate) fn serves(&self) -> bool {
+        self.running == Running::Yes && self.start.is_empty()
     }
 
     pub(crate) fn session(&self, id: u8) -> Option<&Session> {

@@ -8,8 +8,8 @@ use crate::config::Config;
 use crate::device::Welcome;
 use crate::host::device_id;
 use crate::mutations::Mutation;
-use crate::properties;
 use crate::state::{Running, State, Subscription};
+use crate::{properties, reaches};
 
 /// One search: a configuration, and the rule that is broken in it.
 #[derive(Clone, Debug)]
@@ -68,7 +68,7 @@ impl Model for Shootdown {
 
     fn properties(&self) -> Vec<Property<Self>> {
         let always = properties::ALWAYS.iter().filter(|(name, _)| self.only.is_none_or(|only| only == *name));
-        let reaches = properties::SOMETIMES
+        let reaches = reaches::SOMETIMES
             .iter()
             .filter(|(name, _)| self.only.is_none() && self.config.reaches.contains(name));
         always
@@ -136,8 +136,10 @@ impl World<'_> {
                 self.sever(at, id);
             }
             Action::Connect(device, process, welcome) => {
-                if welcome == Welcome::IsLost {
-                    self.state.spent.disconnects += 1;
+                match welcome {
+                    Welcome::Arrives => {}
+                    Welcome::IsLost => self.state.spent.disconnects += 1,
+                    Welcome::IsNotSent => self.state.spent.host_crashes += 1,
                 }
                 self.connect(device, process, welcome)?;
             }
@@ -154,6 +156,7 @@ impl World<'_> {
                 self.stop_as_planned(process)?;
             }
             Action::HostStart | Action::TakeOver => self.start_host(),
+            Action::StartOn(process) => self.start_on(process)?,
             Action::Pause(process) => {
                 self.state.spent.pauses += 1;
                 self.set_running(process, Running::Paused);

@@ -193,6 +193,10 @@ impl Journal {
             AppendError::Superseded | AppendError::Closed => JournalError::Held { path: path.to_owned() },
         })?;
         let claim = file.claim().clone();
+        // A successor that came before it was written has not read it, and gives out the same numbers.
+        if !claim.is_current() {
+            return Err(JournalError::Held { path: path.to_owned() });
+        }
         let pen = match writer {
             Writer::Thread => {
                 let (asks, rx) = mpsc::channel(QUEUE);

@@ -417,6 +417,25 @@ fn the_moment_from_which_leases_are_counted_is_after_the_takeover() {
     drop(successor);
 }
 
+/// It hangs between taking the directory and writing that it began: its successor cannot know of it, and would give
+/// out the same numbers, after a planned end as the same incarnation.
+#[test]
+fn a_run_that_is_taken_over_from_before_it_began_does_not_begin() {
+    let folder = tempfile::tempdir().unwrap();
+    open(folder.path(), 1).journal.close(Some(drained()));
+    let start = |at, clock: &mut dyn FnMut() -> BootMoment| {
+        let terms = LeaseTerms::default();
+        Journal::open(folder.path(), Takeover::IfHeld, Writer::Caller, now(at), terms, clock)
+    };
+    let mut successor = None;
+    let hung = start(2, &mut || {
+        successor = Some(start(3, &mut || boot_moment(3)).unwrap());
+        boot_moment(2)
+    });
+    let hung = hung.map(|opened| opened.run);
+    assert!(matches!(hung, Err(JournalError::Held { .. })), "{hung:?} beside {:?}", successor.map(|it| it.run));
+}
+
 /// Whoever writes itself finds the same, at once, and its end is the same.
 #[test]
 fn a_journal_without_a_thread_is_durable_when_the_call_returns() {

@@ -4,7 +4,8 @@ use std::io::{self, Write as _};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser as _};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use shootdown_loadgen::cli::{Cli, Command};
 use shootdown_loadgen::demo::{self, Detail};
@@ -54,6 +55,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Chaos(args) => {
+            if let Err(error) = args.check() {
+                Cli::command().error(ErrorKind::ArgumentConflict, error).exit();
+            }
             let verdict = block_on(chaos::run(&args, &mut io::stdout().lock()))??;
             Ok(match (verdict.is_wrong(), verdict.has_shown_nothing()) {
                 (true, _) => ExitCode::from(STALE),

@@ -117,6 +117,24 @@ fn a_timeout_that_is_taken_for_an_ack_is_found() {
     is_found("timeout-is-ack");
 }
 
+#[test]
+fn a_broken_rule_that_no_fault_shows_is_not_found_and_the_run_has_not_passed() {
+    const NOT_FOUND: &str = "a rule was broken and the checker did not find it";
+    // A device that is killed keeps nothing that it could go on with.
+    let broken = ["--break", "resume-skips-flush", "--only", "device-kill", "--count", "1"];
+    let run = chaos(&broken);
+    assert_eq!(run.code, Some(70), "{run:#?}");
+    assert_eq!(run.json["passed"], false);
+    assert!(
+        run.json["failings"].as_array().is_some_and(|failings| failings.iter().any(|it| it == NOT_FOUND))
+    );
+    let mut told = program(&[&["chaos", "--seed", "11"], &LEASES[..], &broken].concat());
+    let told = told.output().expect("the program can be started");
+    let text = String::from_utf8_lossy(&told.stdout);
+    assert_eq!(told.status.code(), Some(70), "{text}");
+    assert!(text.contains(&format!("FAILED: {NOT_FOUND}")) && !text.contains("passed"), "{text}");
+}
+
 /// Programs of the run's own, and no others: not `ip`, not `nft`.
 fn without_networks(args: &[&str]) -> (Option<i32>, serde_json::Value, String) {
     let bin = tempfile::tempdir().expect("a directory can be made");
@@ -142,6 +160,31 @@ fn faults_that_cannot_be_injected_here_are_left_out_and_the_report_says_so() {
 #[test]
 fn a_fault_that_there_is_not_is_a_wrong_command_line() {
     assert_eq!(chaos(&["--only", "earthquake"]).code, Some(2));
+}
+
+#[test]
+fn leases_and_margins_that_cannot_go_together_are_a_wrong_command_line() {
+    for (wrong, told) in [
+        (["--lease", "50ms", "--lease-margin", "50ms"], "shorter than the lease less its drift"),
+        (["--lease", "10ms", "--ack-timeout", "50ms"], "from 50ms to 1h"),
+        (["--ack-timeout", "0s", "--lease", "1s"], "longer than 0"),
+    ] {
+        let run = run(&[&["chaos", "--output", "json", "--seconds", "1"], &wrong[..]].concat());
+        assert_eq!(run.code, Some(2), "{wrong:?}: {run:#?}");
+        assert!(run.stderr.contains(told), "{wrong:?}: {run:#?}");
+    }
+}
+
+#[test]
+fn the_shortest_lease_that_a_host_agent_takes_has_the_margin_that_it_gives_it() {
+    // What is found with margins of 5 ms is the machine's affair: it runs, and the run says with what.
+    let short = ["chaos", "--output", "json", "--lease", "50ms", "--ack-timeout", "50ms"];
+    let run = run(&[&short[..], &["--only", "connection-reset", "--count", "2"]].concat());
+    assert!(
+        run.json["repeat"].as_str().is_some_and(|repeat| repeat.contains("--lease-margin 5ms")),
+        "{run:#?}"
+    );
+    assert!(run.number("/devices/reads") > 0 && run.number("/host/rounds") > 0, "{run:#?}");
 }
 
 #[test]

@@ -259,6 +259,35 @@ fn is_test(source: &str, name: &str) -> bool {
     })
 }
 
+/// Of docs/faults.md; those that it shows in blocks are run by `server/tests/admin.rs`.
+#[test]
+fn every_command_that_the_document_of_faults_names_is_run() {
+    let document = Document { path: "docs/faults.md".to_owned(), text: read("docs/faults.md") };
+    let (all, gate) = (read("scripts/test"), read(".ci/run"));
+    assert!(all.contains("--workspace") && gate.contains("\n$tests\n"), "every test of every crate");
+    let (mut tests, mut runs) = (0, 0);
+    for code in document.code() {
+        if let Some(words) = code.strip_prefix("cargo test -p shootdown-") {
+            let (crate_, test) = words.split_once(" --test ").unwrap_or_else(|| panic!("{code}"));
+            let target = |name: &str| root().join(crate_).join("tests").join(test).join(name).exists();
+            let file = root().join(crate_).join("tests").join(format!("{test}.rs")).exists();
+            assert!(file || target("main.rs"), "there is no test for `{code}`");
+            tests += 1;
+        } else if let Some(words) = code.strip_prefix("shootdown-loadgen ") {
+            let command = format!("shootdown-loadgen -- {words}");
+            let is_run = gate.lines().any(|line| {
+                line.split_once(&command).is_some_and(|(_, rest)| rest.is_empty() || rest.starts_with(' '))
+            });
+            assert!(is_run, ".ci/run does not run `{code}`");
+            runs += 1;
+        } else {
+            let words = code.strip_prefix("cargo ").unwrap_or("nextest run");
+            assert!(words == "nextest run", "nobody runs `{code}`");
+        }
+    }
+    assert!(tests >= 2 && runs >= 2, "{tests} tests, {runs} runs");
+}
+
 #[test]
 fn arrows_between_crates_run_one_way() {
     let arrows: [(&str, &[&str]); 6] = [

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
+use rustix::fs::{Access, AtFlags, CWD, accessat};
 use serde::{Deserialize, Deserializer};
 use shootdown_core::Incarnation;
 use shootdown_core::lease::LeaseTerms;
@@ -297,6 +298,28 @@ pub enum ConfigError {
         /// Of which devices.
         devices: Vec<String>,
     },
+    /// There is no such program.
+    #[error("fence_command is {path}, which cannot be looked at: no device could be cut off")]
+    FenceCommand {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// It could never be started.
+    #[error(
+        "fence_command is {path}, which is no executable file for this user: no device could be cut off; make it one (chmod +x)"
+    )]
+    FenceCommandNotExecutable {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Nobody is asked within it.
+    #[error(
+        "fence_timeout is set and there is no fencer; give --fence-command, --fence-endpoint or a [[fencer]]"
+    )]
+    FenceTimeoutOfNobody,
     /// Nobody can be taken over from.
     #[error("--take-over needs --state-dir: the state directory is what is taken over")]
     NothingToTakeOver,
@@ -513,12 +536,18 @@ impl Settings {
             timeout: None,
         };
         let is_set = for_all.command.is_some() || for_all.endpoint.is_some();
+        if self.fence_timeout.is_some() && !is_set && self.fencer.is_empty() {
+            return Err(ConfigError::FenceTimeoutOfNobody);
+        }
         self.fencer.iter().chain(is_set.then_some(&for_all)).map(|fencer| self.fencer_rule(fencer)).collect()
     }
 
     fn fencer_rule(&self, fencer: &FencerSettings) -> Result<FencerRule, ConfigError> {
         let who = match (&fencer.command, &fencer.endpoint) {
-            (Some(program), None) if program.is_absolute() => Fencer::Command(program.clone()),
+            (Some(program), None) if program.is_absolute() => {
+                can_run(program)?;
+                Fencer::Command(program.clone())
+            }
             (Some(program), None) => {
                 return Err(ConfigError::Value {
                     setting: "fence_command",
@@ -552,6 +581,18 @@ impl Settings {
     }
 }
 
+/// Strict address spaces admit devices that do not enforce a lease because they have a fencer: one that could not
+/// even be started is none.
+fn can_run(program: &Path) -> Result<(), ConfigError> {
+    let metadata =
+        fs::metadata(program).map_err(|error| ConfigError::FenceCommand { path: program.into(), error })?;
+    let may = accessat(CWD, program, Access::EXEC_OK, AtFlags::EACCESS);
+    if !metadata.is_file() || may.is_err() {
+        return Err(ConfigError::FenceCommandNotExecutable { path: program.into() });
+    }
+    Ok(())
+}
+
 fn at_least_one<T: PartialOrd + From<u8> + ToString>(
     setting: &'static str,
     value: T,
@@ -572,6 +613,8 @@ fn incarnation() -> Incarnation {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     fn settings(text: &str) -> Result<Config, String> {
@@ -618,7 +661,7 @@ mod tests {
             settings(&format!("listen = ['127.0.0.1:1']\n{text}")).map(|config| config.host.fencers)
         };
         assert_eq!(fencers("").unwrap(), []);
-        let all = "fence_command = '/all'\nfence_timeout = '2s'\n";
+        let all = "fence_command = '/bin/sh'\nfence_timeout = '2s'\n";
         let some = "[[fencer]]\ndevices = ['gpu*']\nendpoint = 'unix:/f'\ntimeout = '1s'\n";
         let rules = fencers(&format!("{all}{some}")).unwrap();
         assert_eq!(rules.len(), 2);
@@ -629,24 +672,54 @@ mod tests {
         );
         assert_eq!(
             (&rules[1].devices[0], &rules[1].fencer),
-            (&DevicePattern::every(), &Fencer::Command("/all".into()))
+            (&DevicePattern::every(), &Fencer::Command("/bin/sh".into()))
         );
         let refused = |text: &str| fencers(text).unwrap_err();
         assert!(refused("[[fencer]]\ndevices = ['a']").contains("either a command or an endpoint"));
         assert!(refused("fence_command = 'fence'").contains("absolute path"));
         assert!(refused("fence_endpoint = '10.0.0.1:1'").contains("--insecure"));
-        assert!(refused("fence_command = '/f'\nfence_timeout = '0s'").contains("fence_timeout"));
+        assert!(refused("fence_command = '/bin/sh'\nfence_timeout = '0s'").contains("fence_timeout"));
         assert!(refused("quarantine_pages = 0").contains("quarantine_pages"));
+    }
+
+    #[test]
+    fn a_fencer_that_could_not_run_is_refused_by_its_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let fencer = |text: &str| settings(&format!("listen = ['127.0.0.1:1']\n{text}"));
+        let given = |path: &Path| fencer(&format!("fence_command = '{}'", path.display()));
+        let nowhere = folder.path().join("nowhere");
+        let refused = given(&nowhere).unwrap_err();
+        assert!(
+            refused.contains(nowhere.to_str().unwrap()) && refused.contains("fence_command"),
+            "{refused}"
+        );
+        assert!(
+            given(folder.path()).unwrap_err().contains("no executable file"),
+            "a directory is no program"
+        );
+        let program = folder.path().join("fence");
+        fs::write(&program, "#!/bin/sh\n").unwrap();
+        assert!(given(&program).unwrap_err().contains("executable"));
+        let of_some = format!("[[fencer]]\ndevices = ['gpu*']\ncommand = '{}'", program.display());
+        assert!(fencer(&of_some).unwrap_err().contains("executable"));
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(given(&program).is_ok() && fencer(&of_some).is_ok());
+    }
+
+    #[test]
+    fn a_time_limit_for_no_fencer_is_refused() {
+        let refused = settings("listen = ['127.0.0.1:1']\nfence_timeout = '2s'").unwrap_err();
+        assert!(refused.contains("fence_timeout") && refused.contains("--fence-command"), "{refused}");
     }
 
     #[test]
     fn a_fencer_by_flag_takes_the_place_of_the_other_kind_in_the_file() {
         let file: Settings = toml::from_str("listen = ['127.0.0.1:1']\nfence_endpoint = 'unix:/f'").unwrap();
-        let flags = Settings { fence_command: Some("/c".into()), ..Settings::default() };
+        let flags = Settings { fence_command: Some("/bin/sh".into()), ..Settings::default() };
         let fencers = flags.or(file).resolve().unwrap().host.fencers;
         assert_eq!(
             fencers.iter().map(|rule| &rule.fencer).collect::<Vec<_>>(),
-            [&Fencer::Command("/c".into())]
+            [&Fencer::Command("/bin/sh".into())]
         );
     }
 

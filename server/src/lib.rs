@@ -41,6 +41,7 @@ mod serve;
 pub mod embed;
 mod start;
 pub mod telemetry;
+pub mod admin;
 
 pub use fence::{DevicePattern, Fencer, FencerRule};
 pub use host::{Host, HostConfig};

@@ -94,7 +94,13 @@ impl Listener {
     pub(crate) fn bind(address: &ListenAddr, privileged: bool, takeover: Takeover) -> io::Result<Vec<Self>> {
         match address {
             ListenAddr::Tcp(address) => {
-                let listener = TcpListener::bind(address)?;
+                let listener =
+                    TcpListener::bind(address).map_err(|error| match (error.kind(), takeover) {
+                        (io::ErrorKind::AddrInUse, Takeover::IfHeld) => {
+                            io::Error::new(error.kind(), PORT_IS_HELD)
+                        }
+                        _ => error,
+                    })?;
                 listener.set_nonblocking(true)?;
                 Ok(vec![Self::Tcp(listener)])
             }
@@ -123,6 +129,9 @@ impl Listener {
         }
     }
 }
+
+/// What becomes of `--take-over` there.
+const PORT_IS_HELD: &str = "another process listens on this port, and --take-over cannot take a TCP port from it: have the socket passed by a service manager (fd://NAME), or kill the other one";
 
 /// A socket file outlives a host agent that was killed. One that answers is in use, and stays; so does
 /// whatever is no socket.

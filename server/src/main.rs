@@ -1,9 +1,11 @@
 //! `shootdownd`: configuration, telemetry, run, exit code.
 
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use shootdown_server::admin::{self, AdminArgs, AdminError};
 use shootdown_server::config::{Config, ConfigError, Settings};
 use shootdown_server::telemetry::{self, LogFormat};
 use shootdown_server::{JournalError, StartError};
@@ -29,17 +31,24 @@ struct Cli {
 enum Command {
     /// Check the settings and exit: 0 when they are right, 78 when not
     CheckConfig,
+    /// Ask a host agent that runs, and end sessions of devices that do not come back
+    Admin(AdminArgs),
 }
 
 /// Exit codes of sysexits.h, as service managers know them.
+const EX_DATAERR: u8 = 65;
 const EX_UNAVAILABLE: u8 = 69;
 const EX_OSERR: u8 = 71;
+const EX_IOERR: u8 = 74;
 const EX_TEMPFAIL: u8 = 75;
 const EX_NOPERM: u8 = 77;
 const EX_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Some(Command::Admin(args)) = &cli.command {
+        return administer(args);
+    }
     if let Err(error) = telemetry::start(cli.log_format) {
         return fail(&anyhow::Error::from(error).context("RUST_LOG is not a valid filter"), EX_CONFIG);
     }
@@ -59,6 +68,31 @@ fn main() -> ExitCode {
         Err(error) => {
             let code = exit_code(&error);
             fail(&error, code)
+        }
+    }
+}
+
+/// Another process than the host agent, which it asks: no settings, no log.
+fn administer(args: &AdminArgs) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let asked = runtime.map_err(|error| (anyhow::Error::from(error), EX_OSERR)).and_then(|runtime| {
+        let asked = runtime.block_on(admin::run(args, &mut io::stdout().lock()));
+        asked.map_err(|error| {
+            let code = match &error {
+                AdminError::NoSession { .. } | AdminError::NoAddressSpace { .. } => EX_DATAERR,
+                AdminError::NoLeave { .. } | AdminError::Denied { .. } => EX_NOPERM,
+                AdminError::Write(_) => EX_IOERR,
+                _ => EX_UNAVAILABLE,
+            };
+            (error.into(), code)
+        })
+    });
+    match asked {
+        Ok(()) => ExitCode::SUCCESS,
+        Err((error, code)) => {
+            // Standard error may be closed.
+            let _ = writeln!(io::stderr(), "shootdownd: {error:#}");
+            ExitCode::from(code)
         }
     }
 }

@@ -61,7 +61,7 @@ pub(crate) struct Survivors {
 /// A device cannot be granted anything yet.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the host agent was restarted, and waits for devices that may hold leases of its run before and do not stop by themselves: {missing}; bring them back, or cut them off and say so (AdminService.EvictSession, is_cut_off)"
+    "the host agent was restarted, and waits for devices that may hold leases of its run before and do not stop by themselves: {missing}; bring them back, or cut them off and say so (shootdownd admin evict SESSION_ID --cut-off)"
 )]
 pub(crate) struct GraceError {
     missing: String,

@@ -65,6 +65,9 @@ fn a_wrong_flag_is_a_usage_error_and_a_wrong_setting_exits_78() {
         &["--listen", "0.0.0.0:0"],
         &["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"],
         &["--config", "/nowhere/at/all.toml"],
+        &["--listen", "127.0.0.1:0", "--fence-command", "/nowhere/at/all"],
+        &["--listen", "127.0.0.1:0", "--fence-command", "/nowhere/at/all", "check-config"],
+        &["--listen", "127.0.0.1:0", "--fence-timeout", "1s"],
     ] {
         let output = run(wrong);
         assert_eq!(output.status.code(), Some(78), "{wrong:?}: {output:?}");
@@ -105,6 +108,19 @@ fn a_second_daemon_on_the_same_socket_exits_69() {
     let _first = Daemon::start(&["--listen", &listen]);
     let second = run(&["--listen", &listen]);
     assert_eq!(second.status.code(), Some(69), "{second:?}");
+}
+
+/// Its Unix sockets can be.
+#[test]
+fn a_tcp_port_that_is_held_cannot_be_taken_over_and_the_error_says_what_to_do() {
+    let state = tempfile::tempdir().unwrap();
+    let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = held.local_addr().unwrap().to_string();
+    let state = state.path().to_str().unwrap();
+    let output = run(&["--listen", &address, "--state-dir", state, "--take-over"]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(69), "{told}");
+    assert!(told.contains(&address) && told.contains("fd://NAME") && told.contains("kill"), "{told}");
 }
 
 #[tokio::test]
@@ -208,7 +224,10 @@ fn the_settings_that_the_document_of_faults_shows_are_right() {
     let shown = text.split_once("```toml\n").unwrap().1.split_once("```").unwrap().0;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("shown.toml");
-    std::fs::write(&path, shown).unwrap();
+    // A program that there is here.
+    let (theirs, ours) = ("/usr/local/sbin/fence-device", "/bin/sh");
+    assert!(shown.contains(theirs));
+    std::fs::write(&path, shown.replace(theirs, ours)).unwrap();
     let checked = run(&["check-config", "--config", path.to_str().unwrap()]);
     assert_eq!(checked.status.code(), Some(0), "{}", String::from_utf8_lossy(&checked.stderr));
 }

@@ -25,6 +25,7 @@ mod host_agent;
 mod vmm;
 mod device;
 mod inject;
+mod stall;
 mod verdict;
 mod run;
 mod report;

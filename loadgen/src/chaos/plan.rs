@@ -1,12 +1,14 @@
 //! What a run does: its command line, the faults and the rules that it can break.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
-use shootdown_server::config::Settings;
+use shootdown_core::lease::LeaseTerms;
+use shootdown_server::ListenAddr;
+use shootdown_server::config::{ConfigError, Settings, Span};
 
 use crate::cli::Output;
 
@@ -31,9 +33,9 @@ pub struct ChaosArgs {
     /// The devices' lease
     #[arg(long, default_value = "400ms", value_parser = humantime::parse_duration)]
     pub lease: Duration,
-    /// The margin of the lease, on either side
-    #[arg(long, default_value = "100ms", value_parser = humantime::parse_duration)]
-    pub lease_margin: Duration,
+    /// The margin of the lease, on either side [default: as shootdownd's, 100ms or a tenth of a shorter lease]
+    #[arg(long, value_parser = humantime::parse_duration)]
+    pub lease_margin: Option<Duration>,
     /// T_ack: how long a device may owe an ack before it is suspect
     #[arg(long, default_value = "200ms", value_parser = humantime::parse_duration)]
     pub ack_timeout: Duration,
@@ -178,6 +180,31 @@ impl ChaosArgs {
         faults
     }
 
+    /// The lease with its corrections, as host agent and devices are told.
+    #[must_use]
+    pub fn lease_terms(&self) -> LeaseTerms {
+        LeaseTerms {
+            duration: self.lease,
+            margin: self.lease_margin.unwrap_or_else(|| LeaseTerms::default_margin(self.lease)),
+            ..LeaseTerms::default()
+        }
+    }
+
+    /// Whether a host agent takes these times.
+    ///
+    /// # Errors
+    /// [`ConfigError`]: the host agent's own.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let settings = Settings {
+            listen: vec![ListenAddr::Tcp((Ipv4Addr::LOCALHOST, 0).into())],
+            lease: Some(Span(self.lease)),
+            lease_margin: self.lease_margin.map(Span),
+            ack_timeout: Some(Span(self.ack_timeout)),
+            ..Settings::default()
+        };
+        settings.resolve().map(drop)
+    }
+
     /// The command that repeats the run.
     #[must_use]
     pub fn repeat(&self, seed: u64) -> String {
@@ -190,7 +217,7 @@ impl ChaosArgs {
             self.pages,
             self.movers,
             time(self.lease),
-            time(self.lease_margin),
+            time(self.lease_terms().margin),
             time(self.ack_timeout),
             time(self.deadline),
         );

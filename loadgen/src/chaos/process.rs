@@ -291,7 +291,7 @@ pub(crate) fn start_host_agent(
         command.arg("--take-over");
     }
     let time = |time: Duration| humantime::format_duration(time).to_string();
-    command.args(["--lease", &time(args.lease), "--lease-margin", &time(args.lease_margin)]);
+    command.args(["--lease", &time(args.lease), "--lease-margin", &time(args.lease_terms().margin)]);
     command.args(["--ack-timeout", &time(args.ack_timeout)]);
     // Plaintext, on addresses that the run made for itself or on loopback.
     command.args(["--insecure", "--shards", "1", "--memory-frames", "1", "--drain-timeout", "2s"]);

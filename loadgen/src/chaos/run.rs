@@ -21,12 +21,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::content::MOST_SLOTS;
-use super::inject::{Field, InjectError, Slot, Tally, device_lane, host_lane, t_fence};
+use super::inject::{Field, InjectError, Slot, Tally, device_lane, host_lane};
 use super::netns::{Network, remove_leftovers};
 use super::plan::{Broken, ChaosArgs, DevicePlan, FaultKind, Places};
 use super::process::{Process, ProcessError, Sockets, Start, start_device, start_host_agent};
 use super::report;
 use super::shared::{Phase, Shared};
+use super::stall::StallWatch;
 use super::verdict::{Devices, Ended, LeftOut, Verdict};
 use super::vmm::{self, Shape, Vmm, VmmError};
 use crate::check::table::TableError;
@@ -156,6 +157,7 @@ fn remove_what_killed_runs_left() {
 
 struct Chaos {
     field: Arc<Field>,
+    stalls: StallWatch,
     left_out: Vec<LeftOut>,
     tasks: JoinSet<Result<Task, ChaosError>>,
     /// Those that have ended as they should.
@@ -224,7 +226,7 @@ impl Chaos {
                 host_agent: sockets.address(index).map_err(files("sockets"))?,
                 address_space,
                 lease: args.lease,
-                lease_margin: args.lease_margin,
+                lease_margin: args.lease_terms().margin,
                 seed,
                 rule: args.rule,
             };
@@ -245,7 +247,8 @@ impl Chaos {
             left: Mutex::new(args.count),
             over: CancellationToken::new(),
         });
-        let mut chaos = Self { field, left_out, tasks, ended: Vec::new() };
+        let stalls = StallWatch::start(Clock::boottime()).map_err(files("thread"))?;
+        let mut chaos = Self { field, stalls, left_out, tasks, ended: Vec::new() };
         let field = Arc::clone(&chaos.field);
         tokio::select! {
             // Not biased: whichever is first.
@@ -367,7 +370,9 @@ impl Chaos {
             repeat: field.args.repeat(field.seed),
             seconds,
             rule: field.args.rule,
-            bound: field.args.ack_timeout + t_fence(&field.args),
+            bound: field.args.ack_timeout + field.args.lease_terms().host_duration(),
+            margin: field.args.lease_terms().margin,
+            longest_stall: self.stalls.longest(),
             left_out: std::mem::take(&mut self.left_out),
             tally,
             host: ledger,

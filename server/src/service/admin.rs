@@ -1,6 +1,6 @@
 //! `AdminService`: what there is, page by page, and the end of a session.
 
-use shootdown_core::session::Phase;
+use shootdown_core::session::{Enforcement, Phase};
 use shootdown_core::{AddressSpaceId, Seq};
 use shootdown_proto::convert;
 use shootdown_proto::error::Malformed;
@@ -223,6 +223,7 @@ fn wire_session(session: &SessionHandle, now: shootdown_core::Moment) -> v1::Ses
         acked_through: standing.acked_through,
         faults_in_flight: standing.faults_in_flight as u64,
         shard: u32::try_from(session.shard.index).unwrap_or(u32::MAX),
+        enforces_lease: session.enforcement == Enforcement::ByDevice,
     }
 }
 

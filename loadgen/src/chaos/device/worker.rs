@@ -180,12 +180,15 @@ impl Worker {
         if write {
             let value = counter.max(mark) + 1;
             bench.frames.count(entry.frame, slot, value).map_err(ChaosDeviceError::Frames)?;
-            bench.shared.marks.write(slot, page, &Mark { value })?;
-            self.counts.writes += 1;
             let latest = until.map(|until| until + bench.plan.lease_margin);
             if latest.is_none_or(|latest| bench.clock.real() > latest) && !Tlb::was_valid(&held) {
+                // It may be in a frame that is another page's by now: nobody counts on it, and it is told at once.
                 self.counts.late += 1;
+                self.publish()?;
+                return Ok(Used::Refused);
             }
+            bench.shared.marks.write(slot, page, &Mark { value })?;
+            self.counts.writes += 1;
         }
         Ok(Used::Done)
     }

@@ -150,7 +150,8 @@ impl Field {
 
     /// How long a host agent waits for a device that has gone: after it no lease is left.
     fn past_the_lease(&self) -> Duration {
-        t_fence(&self.args) + self.args.lease_margin
+        let terms = self.args.lease_terms();
+        terms.host_duration() + terms.margin
     }
 
     pub(crate) fn order(&self, device: usize, orders: Orders) -> Result<(), TableError> {
@@ -214,15 +215,6 @@ impl Field {
         Err(InjectError::NeverBetween { device: slot.plan.index })
     }
 }
-
-/// How long after it last heard of a device the host agent takes it for stopped.
-pub(crate) fn t_fence(args: &ChaosArgs) -> Duration {
-    let drift = args.lease.mul_f64(f64::from(DRIFT_PPM) / 1e6);
-    args.lease + drift + args.lease_margin
-}
-
-/// The daemon's default.
-const DRIFT_PPM: u32 = 600;
 
 fn between(random: &mut SmallRng, least_ms: u64, most_ms: u64) -> Duration {
     Duration::from_millis(random.random_range(least_ms..=most_ms))

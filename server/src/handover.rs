@@ -99,6 +99,7 @@ fn drained(host: &Host, space: &AddressSpace) -> Option<DrainedSpace> {
         strictness: space.strictness,
         last_seq: order.gate.last_seq(),
         registered: host.registrations().of(space.id),
+        began_after: space.began_after,
         ended: ends,
         open_brackets: order.gate.brackets().filter_map(bracket).collect(),
     })
@@ -106,7 +107,8 @@ fn drained(host: &Host, space: &AddressSpace) -> Option<DrainedSpace> {
 
 /// Goes on where the run before stopped.
 pub(crate) fn begin(host: &Host, drained: Drained, shard: &Shard) {
-    let Drained { boot_id, sessions, spaces, released } = drained;
+    // Of this boot: the journal keeps no other.
+    let Drained { boot_id: _, sessions, spaces, released } = drained;
     tracing::info!(
         sessions = sessions.len(),
         address_spaces = spaces.len(),
@@ -120,9 +122,8 @@ pub(crate) fn begin(host: &Host, drained: Drained, shard: &Shard) {
         host.directory()
             .restore(|most_rounds| restored(host, space, most_rounds), host.restart().survivors());
     }
-    let is_same_boot = boot_id == Clock::id();
     for session in sessions {
-        let handle = Arc::new(resumable(host, &session, shard, is_same_boot));
+        let handle = Arc::new(resumable(host, &session, shard));
         for held in session.subscriptions {
             let space =
                 host.directory().get(held.address_space).expect("it was recorded with its address space");
@@ -158,12 +159,12 @@ fn quiesced_before(host: &Host, seq: Option<Seq>) -> RoundResult {
     }
 }
 
-fn resumable(host: &Host, session: &DrainedSession, shard: &Shard, is_same_boot: bool) -> SessionHandle {
+fn resumable(host: &Host, session: &DrainedSession, shard: &Shard) -> SessionHandle {
     let config = host.session_config();
     let record = session.session.clone();
-    // The clock of another boot says nothing about this one's; no lease was renewed since.
+    // No lease was renewed since.
     let longest = host.clock().now() + record.terms.host_duration();
-    let lease_expires = if is_same_boot { session.lease_expires.min(longest) } else { longest };
+    let lease_expires = session.lease_expires.min(longest);
     let config = SessionConfig {
         lease: record.terms,
         outbox: OutboxLimits { window: session.window.max(1), ..config.outbox },
@@ -187,7 +188,8 @@ fn resumable(host: &Host, session: &DrainedSession, shard: &Shard, is_same_boot:
 }
 
 fn restored(host: &Host, drained: DrainedSpace, most_rounds: usize) -> AddressSpace {
-    let DrainedSpace { id, name, strictness, last_seq, open_brackets, ended, registered } = drained;
+    let DrainedSpace { id, name, strictness, last_seq, began_after, open_brackets, ended, registered } =
+        drained;
     if let Some((call, asked)) = registered {
         host.registrations().restore(call, asked, id);
     }
@@ -208,7 +210,9 @@ fn restored(host: &Host, drained: DrainedSpace, most_rounds: usize) -> AddressSp
     for (call, seq) in ended {
         source.retries.restore_end(call, seq);
     }
-    let space = AddressSpace::new(id, &name, Arc::new(source), strictness, most_rounds, host.incarnation());
+    let mut space =
+        AddressSpace::new(id, &name, Arc::new(source), strictness, most_rounds, host.incarnation());
+    space.began_after = began_after;
     space.order.lock().gate = gate;
     *space.rounds.lock() = rounds;
     // What was reported is forgotten: too much is young, never too little (YoungIsConservative).

@@ -140,18 +140,18 @@ impl Host {
         &self.0.restart
     }
 
-    /// Whether no successor has taken the place of this host agent. When one has, this ends every stream.
+    /// Whether the state directory is still this host agent's. When it is not, this ends every stream.
     pub(crate) fn is_current(&self) -> bool {
-        let is_current = self.0.restart.is_current();
-        if !is_current && self.0.restart.on_superseded() {
-            tracing::error!("a successor has taken the state directory over; this host agent stops");
+        let Err(loss) = self.0.restart.look() else { return true };
+        if self.0.restart.on_loss(loss) {
+            tracing::error!("{loss}");
             self.0.stopping.cancel();
             for session in self.registry().list() {
                 let SessionError { reason, message, .. } = handshake::superseded();
                 session.end(reason, message);
             }
         }
-        is_current
+        false
     }
 
     /// Whether it was found that one has.

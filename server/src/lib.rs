@@ -48,4 +48,5 @@ pub use host::{Host, HostConfig};
 pub use journal::{Damage, JournalError};
 pub use listen::{ListenAddr, ListenAddrError};
 pub use quarantine::QuarantineBudget;
+pub use restart::Loss;
 pub use start::{Addresses, Running, StartError, start};

@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use shootdown_server::admin::{self, AdminArgs, AdminError};
 use shootdown_server::config::{Config, ConfigError, Settings};
 use shootdown_server::telemetry::{self, LogFormat};
-use shootdown_server::{JournalError, StartError};
+use shootdown_server::{JournalError, Loss, StartError};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The host agent: tells remote devices what happens to this machine's memory, and waits for them.
@@ -124,8 +124,9 @@ async fn run(config: Config) -> anyhow::Result<()> {
         biased;
         // First: a host agent that is superseded has nothing to drain.
         () = running.superseded() => {
+            let loss = running.loss().expect("it is known before it is told");
             running.abandon().await;
-            return Err(Superseded.into());
+            return Err(loss.into());
         }
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -136,14 +137,12 @@ async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Another runs in the place of this one.
-#[derive(Debug, thiserror::Error)]
-#[error("a successor has taken the state directory over; this host agent has stopped")]
-struct Superseded;
-
 fn exit_code(error: &anyhow::Error) -> u8 {
-    if error.is::<Superseded>() {
-        return EX_TEMPFAIL;
+    match error.downcast_ref::<Loss>() {
+        Some(Loss::Superseded) => return EX_TEMPFAIL,
+        // A service manager that started it again at once would start one that waits for nobody.
+        Some(Loss::JournalRemoved) => return EX_CONFIG,
+        None => {}
     }
     match error.downcast_ref::<StartError>() {
         Some(StartError::Listen { error, .. }) if error.kind() == std::io::ErrorKind::PermissionDenied => {
@@ -152,8 +151,24 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         Some(StartError::Listen { .. }) => EX_UNAVAILABLE,
         Some(StartError::Journal(JournalError::Held { .. })) => EX_TEMPFAIL,
         Some(StartError::Journal(JournalError::Damaged { .. })) => EX_CONFIG,
+        Some(StartError::Journal(JournalError::Folder { error, .. } | JournalError::Io { error, .. }))
+            if is_a_wrong_place(error.kind()) =>
+        {
+            EX_CONFIG
+        }
         _ => EX_OSERR,
     }
+}
+
+/// Another state directory would do, or other permissions on this one; trying again does not.
+fn is_a_wrong_place(kind: std::io::ErrorKind) -> bool {
+    use std::io::ErrorKind::{
+        AlreadyExists, NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem, Unsupported,
+    };
+    matches!(
+        kind,
+        AlreadyExists | NotADirectory | NotFound | PermissionDenied | ReadOnlyFilesystem | Unsupported
+    )
 }
 
 fn fail(error: &anyhow::Error, code: u8) -> ExitCode {

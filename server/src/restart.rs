@@ -8,7 +8,7 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -25,7 +25,7 @@ use crate::directory::AddressSpace;
 use crate::fence;
 use crate::handover;
 use crate::host::Host;
-use crate::journal::{AppendError, History, Journal, Opened, Run, SessionRecord};
+use crate::journal::{AppendError, History, Journal, Opened, Run, SessionRecord, Standing};
 use crate::session::SessionHandle;
 use crate::session::restored::Restored;
 use crate::session::task::start_outliving;
@@ -41,7 +41,23 @@ pub(crate) struct Restart {
     journal: Option<Journal>,
     run: Option<Run>,
     survivors: Survivors,
+    /// Why it may not act any more; set before the token.
+    loss: OnceLock<Loss>,
     superseded: CancellationToken,
+}
+
+/// Why a host agent that has a state directory may not act any more: it may not be the one that devices and
+/// sources rely on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Loss {
+    /// Another goes on in its place, and knows of its devices.
+    #[error("a successor has taken the state directory over; this host agent has stopped")]
+    Superseded,
+    /// Nobody does, and who is started now does not know of its devices.
+    #[error(
+        "the journal is not in the state directory any more, so this host agent has stopped, and the next one will not wait for the devices that hold leases of it: start it only when the longest lease has passed from now on, or when the devices are cut off"
+    )]
+    JournalRemoved,
 }
 
 /// Sessions of earlier runs that may still hold leases.
@@ -70,7 +86,13 @@ pub(crate) struct GraceError {
 impl Restart {
     /// Nothing came before, and nothing is kept.
     pub(crate) fn none() -> Self {
-        Self { journal: None, run: None, survivors: Survivors::new(), superseded: CancellationToken::new() }
+        Self {
+            journal: None,
+            run: None,
+            survivors: Survivors::new(),
+            loss: OnceLock::new(),
+            superseded: CancellationToken::new(),
+        }
     }
 
     /// A run on a journal, and what the runs before left.
@@ -92,17 +114,31 @@ impl Restart {
         self.journal.as_ref()
     }
 
-    pub(crate) fn is_current(&self) -> bool {
-        self.journal.as_ref().is_none_or(Journal::is_current)
+    /// Looks whether this host agent may still act.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn look(&self) -> Result<(), Loss> {
+        match self.journal.as_ref().map_or(Standing::Current, Journal::standing) {
+            Standing::Current => Ok(()),
+            Standing::Superseded => Err(Loss::Superseded),
+            Standing::Removed => Err(Loss::JournalRemoved),
+        }
     }
 
     /// Returns whether that is news.
-    pub(crate) fn on_superseded(&self) -> bool {
-        let is_news = !self.superseded.is_cancelled();
+    pub(crate) fn on_loss(&self, loss: Loss) -> bool {
+        let is_news = self.loss.set(loss).is_ok();
         self.superseded.cancel();
         is_news
     }
 
+    /// What was found first, if anything was.
+    pub(crate) fn loss(&self) -> Option<Loss> {
+        self.loss.get().copied()
+    }
+
+    /// Cancelled when it was found that it may not.
     pub(crate) fn superseded(&self) -> &CancellationToken {
         &self.superseded
     }
@@ -267,12 +303,13 @@ fn survivor(host: &Host, record: SessionRecord, shard: &Shard, now: Moment) -> S
         ..host.session_config()
     };
     // At the latest from now on; from the run on that could not renew it, if that was in this boot.
-    let since = record.unrenewed_since.as_ref().filter(|since| since.boot_id == Clock::id());
+    let since = record.unrenewed_since.as_ref().filter(|since| since.is_of(&Clock::id()));
     let since = since.map_or(now, |since| since.at.min(now));
     let lease_expires = since + record.terms.host_duration();
     SessionHandle::restored(
         Restored {
-            fencer: host.fencers().of(&record.device),
+            // A fencer that knows no such device may well say that it is cut off.
+            fencer: if record.is_unnamed() { None } else { host.fencers().of(&record.device) },
             record,
             config,
             change_pte: false,

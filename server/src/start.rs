@@ -21,7 +21,7 @@ use crate::handover;
 use crate::host::{Host, HostConfig};
 use crate::journal::{self, BootMoment, History, Journal, JournalError, Takeover, Writer};
 use crate::listen::{Accepted, Acceptor, Connection, Leave, ListenAddr, Listener};
-use crate::restart::Restart;
+use crate::restart::{Loss, Restart};
 use crate::serve::{self, MOST_PAGE_BYTES};
 use crate::service::admin::Admin;
 use crate::service::device::Devices;
@@ -270,13 +270,19 @@ impl Running {
         self.shards.iter().map(|shard| &shard.handle)
     }
 
-    /// Returns when a successor has taken the state directory over. By then every stream was ended; what is
-    /// left is [`Running::abandon`].
+    /// Returns when the state directory is not this host agent's any more; [`Running::loss`] tells why. By then every
+    /// stream was ended; what is left is [`Running::abandon`].
     ///
     /// # Cancel safety
     /// Cancel safe.
     pub async fn superseded(&self) {
         self.host.restart().superseded().cancelled().await;
+    }
+
+    /// Why it may not act any more, if that was found.
+    #[must_use]
+    pub fn loss(&self) -> Option<Loss> {
+        self.host.restart().loss()
     }
 
     /// Stops without waiting for anybody: nobody is told that devices have stopped.

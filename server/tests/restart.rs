@@ -2,6 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
+#[path = "restart/chains.rs"]
+mod chains;
+#[path = "restart/state.rs"]
+mod state;
 
 use std::io::{BufRead as _, BufReader};
 use std::os::fd::OwnedFd;

@@ -57,6 +57,8 @@ pub(crate) struct DrainedSpace {
     pub(crate) name: String,
     pub(crate) strictness: Strictness,
     pub(crate) last_seq: Option<Seq>,
+    /// Events up to this one were another run's: nobody knows what became of them.
+    pub(crate) began_after: Option<Seq>,
     /// Brackets whose rounds are complete, and which their callers have not ended.
     pub(crate) open_brackets: Vec<DrainedBracket>,
     /// The call that registered it, and what it asked for.
@@ -153,6 +155,9 @@ pub(super) mod wire {
         pub(in crate::journal) ended: Vec<Ended>,
         #[prost(message, optional, tag = "7")]
         pub(in crate::journal) registered: Option<Registered>,
+        /// 0: none.
+        #[prost(uint64, tag = "8")]
+        pub(in crate::journal) began_after: u64,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -253,6 +258,7 @@ fn wire_space(space: &DrainedSpace) -> wire::Space {
         id: space.id.get(),
         name: space.name.clone(),
         last_seq: space.last_seq.map_or(0, Seq::get),
+        began_after: space.began_after.map_or(0, Seq::get),
         open_brackets: space.open_brackets.iter().map(bracket).collect(),
         strict: space.strictness == Strictness::Strict,
         ended: space.ended.iter().map(ended).collect(),
@@ -330,6 +336,7 @@ fn space(space: wire::Space) -> Result<DrainedSpace, Nonsense> {
         id,
         name: space.name,
         last_seq: Seq::new(space.last_seq),
+        began_after: Seq::new(space.began_after),
         open_brackets: space.open_brackets.into_iter().map(bracket).collect::<Result<_, _>>()?,
         strictness,
         registered: space.registered.map(registered).transpose()?,

@@ -7,7 +7,7 @@
 //!
 //! The next generation is made apart and linked to its name, which fails if the name is taken: of two who
 //! want to go on from journal.7 one does. From the link on the owner of journal.7 is superseded, and knows
-//! it by a look ([`Claim::is_current`]); only then does the successor read journal.7, so that whatever its
+//! it by a look ([`Claim::standing`]); only then does the successor read journal.7, so that whatever its
 //! owner wrote and still found itself current is read. When journal.8 says that it is complete journal.7
 //! goes. A crash in between leaves both, which are then read one after the other.
 
@@ -22,6 +22,7 @@ use parking_lot::Mutex;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
 use super::history::History;
+use super::medium::Medium;
 use super::record::{self, Record};
 use super::{JournalError, Takeover};
 
@@ -34,6 +35,17 @@ const TEMPORARY: &str = "new.";
 /// Tries to become the owner while others try, too. Each failure means that another succeeded.
 const MOST_TRIES: usize = 16;
 
+/// Whether a host agent still has its state directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// It has.
+    Current,
+    /// A successor has it.
+    Superseded,
+    /// Nobody has: the journal is not where it was, and who starts now does not find it.
+    Removed,
+}
+
 /// One host agent's hold on a state directory. Cheap to ask whether it still is.
 #[derive(Debug, Clone)]
 pub(super) struct Claim(Arc<Mutex<Owned>>);
@@ -41,40 +53,54 @@ pub(super) struct Claim(Arc<Mutex<Owned>>);
 #[derive(Debug, Clone)]
 struct Owned {
     folder: Arc<OwnedFd>,
+    /// Kept open, so that no other file gets its number.
     file: Arc<File>,
+    inode: u64,
     generation: u64,
     /// The file that the owner itself is about to link to the next name.
     next: Option<u64>,
 }
 
 impl Claim {
-    /// Whether no successor has taken the directory over. Two system calls on what the kernel has in
-    /// memory. Whatever fails counts as a no: the directory is gone.
-    pub(super) fn is_current(&self) -> bool {
+    /// Whether the directory is still the owner's. Two system calls on what the kernel has in memory, as long as
+    /// it is.
+    pub(super) fn standing(&self) -> Standing {
         loop {
             let before = self.0.lock().clone();
             if before.is_last() {
-                return true;
+                return Standing::Current;
             }
             let now = self.0.lock();
             // The owner itself may have gone on to its next file, between the copy and the look.
             if (now.generation, now.next) == (before.generation, before.next) {
-                return false;
+                return if before.is_followed() { Standing::Superseded } else { Standing::Removed };
             }
         }
     }
 }
 
 impl Owned {
+    /// Whatever fails counts as a no.
     fn is_last(&self) -> bool {
-        let is_linked = rustix::fs::fstat(&*self.file).is_ok_and(|stat| stat.st_nlink > 0);
-        let later = rustix::fs::statat(&*self.folder, name(self.generation + 1), AtFlags::SYMLINK_NOFOLLOW);
-        is_linked
-            && match later {
+        let look =
+            |generation| rustix::fs::statat(&*self.folder, name(generation), AtFlags::SYMLINK_NOFOLLOW);
+        // By its name: a file that was moved away is found by nobody who comes next.
+        look(self.generation).is_ok_and(|stat| stat.st_ino == self.inode)
+            && match look(self.generation + 1) {
                 Err(rustix::io::Errno::NOENT) => true,
                 Ok(stat) => Some(stat.st_ino) == self.next,
                 Err(_) => false,
             }
+    }
+
+    /// Whether somebody goes on from it, however far they have come.
+    fn is_followed(&self) -> bool {
+        rustix::fs::Dir::read_from(&*self.folder).is_ok_and(|entries| {
+            entries
+                .flatten()
+                .filter_map(|entry| generation(entry.file_name().to_str().ok()?))
+                .any(|found| found > self.generation)
+        })
     }
 }
 
@@ -84,16 +110,26 @@ pub(super) struct JournalFile {
     path: PathBuf,
     claim: Claim,
     folder: Arc<OwnedFd>,
+    medium: Arc<dyn Medium>,
     file: Arc<File>,
     generation: u64,
+    /// The last generation whose name survives a power loss.
+    durable_generation: u64,
     frames: u64,
     bytes: u64,
     /// What the file says.
     history: History,
     /// The bytes of [`History::snapshot`] when it was last written.
     needed: u64,
-    /// An append failed, so nobody knows what the file holds behind `bytes`: the next one begins anew.
+    /// An append failed, so nobody knows what the file holds behind `bytes`; or the file's name may not survive a
+    /// power loss. The next append begins anew.
     is_doubtful: bool,
+}
+
+/// What a state directory is on.
+struct Beneath {
+    folder: Arc<OwnedFd>,
+    medium: Arc<dyn Medium>,
 }
 
 /// Why nothing was written.
@@ -112,10 +148,14 @@ pub(crate) enum AppendError {
 
 impl JournalFile {
     /// Takes a state directory: returns what the runs before left, and a journal that says the same.
-    pub(super) fn take(path: &Path, takeover: Takeover) -> Result<(Self, History), JournalError> {
-        let folder = open_folder(path)?;
+    pub(super) fn take(
+        path: &Path,
+        takeover: Takeover,
+        medium: Arc<dyn Medium>,
+    ) -> Result<(Self, History), JournalError> {
+        let on = Beneath { folder: open_folder(path)?, medium };
         for _ in 0..MOST_TRIES {
-            if let Some(taken) = Self::try_take(path, &folder, takeover)? {
+            if let Some(taken) = Self::try_take(path, &on, takeover)? {
                 return Ok(taken);
             }
         }
@@ -125,11 +165,12 @@ impl JournalFile {
     /// `None`: another was faster.
     fn try_take(
         path: &Path,
-        folder: &Arc<OwnedFd>,
+        on: &Beneath,
         takeover: Takeover,
     ) -> Result<Option<(Self, History)>, JournalError> {
+        let folder = &on.folder;
         let Some(last) = generations(path)?.last().copied() else {
-            return Self::make(path, folder, 1, History::default());
+            return Ok(Self::make(path, on, 1)?.map(|made| (made, History::default())));
         };
         let file = match open(folder, last) {
             Ok(file) => file,
@@ -142,7 +183,7 @@ impl JournalFile {
         }
         // Before anything is changed: a journal that cannot be read stays whose it is.
         read_all(path, folder, last)?;
-        let Some((mut taken, _)) = Self::make(path, folder, last + 1, History::default())? else {
+        let Some(mut taken) = Self::make(path, on, last + 1)? else {
             return Ok(None);
         };
         // From here on the owner before knows that it is superseded; what it was sure of is in its file.
@@ -167,21 +208,21 @@ impl JournalFile {
         Ok(Some((taken, history)))
     }
 
-    /// A new file with a snapshot of `history`, complete if it is the first, under the name of its
-    /// generation. `None`: the name is taken.
+    /// A new file, complete if it is the first, under the name of its generation. `None`: the name is taken.
     fn make(
         path: &Path,
-        folder: &Arc<OwnedFd>,
+        Beneath { folder, medium }: &Beneath,
         generation: u64,
-        history: History,
-    ) -> Result<Option<(Self, History)>, JournalError> {
+    ) -> Result<Option<Self>, JournalError> {
         let (file, temporary) = create(path, folder, generation)?;
         let records = if generation == 1 { vec![Record::Complete] } else { Vec::new() };
-        let written = start(&file, generation, &records);
-        let linked = written.and_then(|bytes| link(folder, &temporary, generation).map(|()| bytes));
+        let linked = start(&**medium, &file, generation, &records).and_then(|bytes| {
+            link(folder, &temporary, generation)?;
+            Ok((bytes, rustix::fs::fstat(&file)?.st_ino))
+        });
         drop(remove(folder, &temporary));
-        let bytes = match linked {
-            Ok(bytes) => bytes,
+        let (bytes, inode) = match linked {
+            Ok(made) => made,
             // Taken; or removed, by one who takes the directory and tidies up.
             Err(error) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound) => {
                 return Ok(None);
@@ -193,23 +234,25 @@ impl JournalFile {
             drop(unlink(folder, generation));
             return Ok(None);
         }
-        rustix::fs::fsync(folder)
-            .map_err(|error| JournalError::io("sync", path, generation, error.into()))?;
+        medium.sync_folder(folder).map_err(|error| JournalError::io("sync", path, generation, error))?;
         let file = Arc::new(file);
-        let owned = Owned { folder: Arc::clone(folder), file: Arc::clone(&file), generation, next: None };
-        let made = Self {
+        let (folder, medium) = (Arc::clone(folder), Arc::clone(medium));
+        let owned =
+            Owned { folder: Arc::clone(&folder), file: Arc::clone(&file), inode, generation, next: None };
+        Ok(Some(Self {
             path: path.to_owned(),
             claim: Claim(Arc::new(Mutex::new(owned))),
-            folder: Arc::clone(folder),
+            folder,
+            medium,
             file,
             generation,
+            durable_generation: generation,
             frames: u64::from(!records.is_empty()),
             bytes,
-            history,
+            history: History::default(),
             needed: bytes,
             is_doubtful: false,
-        };
-        Ok(Some((made, History::default())))
+        }))
     }
 
     pub(super) fn claim(&self) -> &Claim {
@@ -234,6 +277,14 @@ impl JournalFile {
                 Err(error) => return Err(error),
             }
         }
+        // In a frame of its own: of what a crash, or a disk that forgets, can tear it is not a part.
+        if !self.history.has_unenforced && records.iter().any(Record::is_of_unenforced) {
+            self.write_one(&[Record::Unenforced])?;
+        }
+        self.write_one(records)
+    }
+
+    fn write_one(&mut self, records: &[Record]) -> Result<(), AppendError> {
         if let Err(error) = self.write(records) {
             self.is_doubtful = true;
             return Err(AppendError::Io(Arc::new(error)));
@@ -253,7 +304,7 @@ impl JournalFile {
         let frame = record::frame(self.generation, self.frames, records);
         let failed = |error| JournalError::io("write", &self.path, self.generation, error);
         self.file.write_all_at(&frame, self.bytes).map_err(failed)?;
-        self.file.sync_data().map_err(failed)?;
+        self.medium.sync_file(&self.file).map_err(failed)?;
         self.bytes += frame.len() as u64;
         self.frames += 1;
         Ok(())
@@ -269,14 +320,15 @@ impl JournalFile {
             create(&self.path, &self.folder, generation).map_err(|error| AppendError::Io(Arc::new(error)))?;
         let mut records = self.history.snapshot();
         records.push(Record::Complete);
-        let linked = start(&file, generation, &records).and_then(|bytes| {
+        let linked = start(&*self.medium, &file, generation, &records).and_then(|bytes| {
+            let inode = rustix::fs::fstat(&file)?.st_ino;
             // Before the link, so that nobody takes our own next file for a successor's.
-            self.claim.0.lock().next = Some(rustix::fs::fstat(&file)?.st_ino);
-            link(&self.folder, &temporary, generation).map(|()| bytes)
+            self.claim.0.lock().next = Some(inode);
+            link(&self.folder, &temporary, generation).map(|()| (bytes, inode))
         });
         drop(remove(&self.folder, &temporary));
-        let bytes = match linked {
-            Ok(bytes) => bytes,
+        let (bytes, inode) = match linked {
+            Ok(made) => made,
             Err(error) => {
                 self.claim.0.lock().next = None;
                 return Err(match error.kind() {
@@ -293,21 +345,35 @@ impl JournalFile {
         let file = Arc::new(file);
         {
             let mut owned = self.claim.0.lock();
-            (owned.file, owned.generation, owned.next) = (Arc::clone(&file), generation, None);
+            (owned.file, owned.inode) = (Arc::clone(&file), inode);
+            (owned.generation, owned.next) = (generation, None);
         }
         (self.file, self.generation, self.frames) = (file, generation, 1);
-        (self.bytes, self.needed, self.is_doubtful) = (bytes, bytes, false);
-        // The old file stays until the new name is durable.
-        rustix::fs::fsync(&self.folder).map_err(|error| failed(error.into()))?;
+        (self.bytes, self.needed) = (bytes, bytes);
+        // Until it is done a power loss may bring the file before back. Not tried again on this file: after a sync
+        // that failed the next may succeed, and mean nothing.
+        if let Err(error) = self.medium.sync_folder(&self.folder) {
+            self.is_doubtful = true;
+            // However often it fails, two files are left.
+            self.remove_between(self.durable_generation + 1, generation);
+            return Err(failed(error));
+        }
+        (self.durable_generation, self.is_doubtful) = (generation, false);
         self.remove_before();
         Ok(())
     }
 
-    /// What this file makes superfluous. What cannot be removed is removed by the next.
+    /// What this file makes superfluous.
     fn remove_before(&self) {
+        self.remove_between(0, self.generation);
+    }
+
+    /// The generations from `first` on, before `end`. What cannot be removed is removed by the next, with what comes
+    /// after it: a host agent that was paused knows by the name after its own that it was taken over from.
+    fn remove_between(&self, first: u64, end: u64) {
         for generation in generations(&self.path).unwrap_or_default() {
-            if generation < self.generation {
-                drop(unlink(&self.folder, generation));
+            if (first..end).contains(&generation) && unlink(&self.folder, generation).is_err() {
+                return;
             }
         }
     }
@@ -390,11 +456,15 @@ fn generations(path: &Path) -> Result<Vec<u64>, JournalError> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(path).map_err(failed)? {
         let entry = entry.map_err(failed)?.file_name();
-        let number = entry.to_str().and_then(|name| name.strip_prefix("journal."));
-        found.extend(number.and_then(|number| number.parse::<u64>().ok()));
+        found.extend(entry.to_str().and_then(generation));
     }
     found.sort_unstable();
     Ok(found)
+}
+
+/// The other way round than [`name`].
+fn generation(name: &str) -> Option<u64> {
+    name.strip_prefix("journal.")?.parse().ok()
 }
 
 fn open(folder: &OwnedFd, generation: u64) -> io::Result<File> {
@@ -429,13 +499,13 @@ fn create(path: &Path, folder: &OwnedFd, generation: u64) -> Result<(File, Strin
 }
 
 /// The beginning of a file, durable. Returns its bytes.
-fn start(mut file: &File, generation: u64, records: &[Record]) -> io::Result<u64> {
+fn start(medium: &dyn Medium, mut file: &File, generation: u64, records: &[Record]) -> io::Result<u64> {
     let mut bytes = record::header(generation);
     if !records.is_empty() {
         bytes.extend(record::frame(generation, 0, records));
     }
     file.write_all(&bytes)?;
-    file.sync_all()?;
+    medium.sync_file(file)?;
     Ok(bytes.len() as u64)
 }
 

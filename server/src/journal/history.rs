@@ -7,10 +7,7 @@ use shootdown_core::lease::LeaseTerms;
 use shootdown_core::{DeviceId, Epoch, Incarnation, SessionId};
 
 use super::drained::Drained;
-use super::record::{BootMoment, Record, Run, SessionRecord};
-
-/// The device of a session whose record is torn.
-const UNNAMED: &str = "unnamed:torn-journal";
+use super::record::{BootMoment, Record, Run, SessionRecord, UNNAMED, is_same_boot};
 
 /// What is known of the runs before.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -23,6 +20,9 @@ pub(crate) struct History {
     pub(crate) drained: Option<Drained>,
     /// The longest lease that any run granted.
     pub(crate) longest: Option<LeaseTerms>,
+    /// Whether a session may be of a device that does not enforce its lease: one that there is, or one that the last
+    /// run opened.
+    pub(super) has_unenforced: bool,
 }
 
 impl History {
@@ -41,14 +41,17 @@ impl History {
             Record::Began(run) => {
                 self.last = self.last.max_by_number(run);
                 self.may_have_granted(run.terms);
+                self.has_unenforced = self.sessions.values().any(|session| !session.enforces_lease);
             }
             Record::Opened(session) => {
                 self.may_have_granted(session.terms);
+                self.has_unenforced |= !session.enforces_lease;
                 self.sessions.insert(session.id, session);
             }
             Record::Over(id) => drop(self.sessions.remove(&id)),
             Record::Complete => {}
             Record::Drained(drained) => self.drained = Some(drained),
+            Record::Unenforced => self.has_unenforced = true,
         }
     }
 
@@ -61,7 +64,8 @@ impl History {
 
     /// The last record is torn: it may have been that of a session. It was never synced, so nobody was
     /// welcomed on it; unless the medium lost what it had promised to keep, which looks the same. So the
-    /// longest lease is waited for, on behalf of a session without a name.
+    /// longest lease is waited for, on behalf of a session without a name; and where that may have been of a device
+    /// which does not stop at its lease's end, for somebody who says that it has.
     pub(super) fn on_torn(&mut self) {
         let (Some(last), Some(terms)) = (self.last, self.longest) else { return };
         let Some(id) = SessionId::new(last.first_number().saturating_add(Run::NUMBERS - 1)) else { return };
@@ -73,16 +77,18 @@ impl History {
             incarnation,
             epoch,
             terms,
-            enforces_lease: true,
+            enforces_lease: !self.has_unenforced,
             unrenewed_since: None,
         };
         self.drained = None;
         self.sessions.insert(id, record);
     }
 
-    /// A run begins at `now`. Sessions that it does not go on with are renewed by nobody from now on; returns those
-    /// of which that was not known.
+    /// A run begins at `now`. In another boot it goes on with nothing: the memory behind every translation is gone.
+    /// Sessions that it does not go on with are renewed by nobody from now on; returns those of which that was not
+    /// known.
     pub(super) fn on_begin(&mut self, now: &BootMoment) -> Vec<SessionRecord> {
+        self.drained = self.drained.take().filter(|drained| is_same_boot(&drained.boot_id, &now.boot_id));
         let resumable: HashSet<SessionId> = self
             .drained
             .iter()
@@ -91,7 +97,7 @@ impl History {
             .collect();
         let left = self.sessions.values_mut().filter(|session| !resumable.contains(&session.id));
         let news = left.filter(|session| {
-            session.unrenewed_since.as_ref().is_none_or(|since| since.boot_id != now.boot_id)
+            session.unrenewed_since.as_ref().is_none_or(|since| !since.is_of(&now.boot_id))
         });
         news.map(|session| {
             session.unrenewed_since = Some(now.clone());
@@ -104,7 +110,12 @@ impl History {
     pub(super) fn snapshot(&self) -> Vec<Record> {
         let runs = self.last.map(|last| Run { terms: self.longest.unwrap_or(last.terms), ..last });
         let began = runs.map(Record::Began);
-        began.into_iter().chain(self.sessions.values().cloned().map(Record::Opened)).collect()
+        let unenforced = self.has_unenforced.then_some(Record::Unenforced);
+        began
+            .into_iter()
+            .chain(unenforced)
+            .chain(self.sessions.values().cloned().map(Record::Opened))
+            .collect()
     }
 }
 

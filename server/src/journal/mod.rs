@@ -5,6 +5,7 @@
 //!   record    the bytes: header, frames, checksums, a torn tail
 //!   history   what the records add up to
 //!   drained   what a planned end leaves to the next run
+//!   medium    what survives a power loss
 //!   file      the state directory: whose it is, appending, going on in a new file
 //! ```
 //!
@@ -15,6 +16,7 @@
 mod record;
 mod history;
 mod drained;
+mod medium;
 mod file;
 
 use std::io;
@@ -29,8 +31,10 @@ use tokio::sync::{mpsc, oneshot};
 
 pub(crate) use self::drained::{Drained, DrainedBracket, DrainedSession, DrainedSpace, DrainedSubscription};
 pub(crate) use self::file::AppendError;
+pub(crate) use self::file::Standing;
 use self::file::{Claim, JournalFile};
 pub(crate) use self::history::History;
+use self::medium::Disk;
 pub use self::record::Damage;
 use self::record::Record;
 pub(crate) use self::record::{BootMoment, Run, SessionRecord};
@@ -176,7 +180,23 @@ impl Journal {
         terms: LeaseTerms,
         clock: impl FnOnce() -> BootMoment,
     ) -> Result<Opened, JournalError> {
-        let (mut file, mut before) = JournalFile::take(path, takeover)?;
+        let taken = JournalFile::take(path, takeover, Arc::new(Disk))?;
+        Self::begin(taken, path, writer, now, terms, clock)
+    }
+
+    /// The same, on a state directory that was just taken.
+    fn begin(
+        (mut file, mut before): (JournalFile, History),
+        path: &Path,
+        writer: Writer,
+        now: Incarnation,
+        terms: LeaseTerms,
+        clock: impl FnOnce() -> BootMoment,
+    ) -> Result<Opened, JournalError> {
+        // Not before the file is this run's: until then the run before may renew leases.
+        let began = clock();
+        // First: what it drops makes this a restart after a crash.
+        let unrenewed = before.on_begin(&began).into_iter().map(Record::Opened);
         let run = match (&before.last, &before.drained) {
             (None, _) => Run { number: 0, incarnation: now, terms },
             (Some(last), Some(_)) => Run { number: last.number + 1, incarnation: last.incarnation, terms },
@@ -184,9 +204,6 @@ impl Journal {
                 Run { number: last.number + 1, incarnation: now.max(last.incarnation.next()), terms }
             }
         };
-        // Not before the file is this run's: until then the run before may renew leases.
-        let began = clock();
-        let unrenewed = before.on_begin(&began).into_iter().map(Record::Opened);
         let records: Vec<Record> = std::iter::once(Record::Began(run)).chain(unrenewed).collect();
         file.append(&records).map_err(|error| match error {
             AppendError::Io(error) => Arc::into_inner(error).expect("nobody else has it"),
@@ -212,9 +229,9 @@ impl Journal {
         Ok(Opened { journal, before, run })
     }
 
-    /// Whether no successor has taken the directory over.
-    pub(crate) fn is_current(&self) -> bool {
-        self.claim.is_current()
+    /// Whether the state directory is still this host agent's.
+    pub(crate) fn standing(&self) -> Standing {
+        self.claim.standing()
     }
 
     /// Makes a session durable.

@@ -19,6 +19,9 @@ use shootdown_core::{DeviceId, Epoch, Incarnation, Moment, SessionId};
 
 use super::drained::Drained;
 
+/// The device of a session whose record is torn.
+pub(super) const UNNAMED: &str = "unnamed:torn-journal";
+
 const FILE_MAGIC: &[u8; 8] = b"SHOOTJNL";
 const FRAME_MAGIC: &[u8; 4] = b"FRAM";
 
@@ -52,7 +55,24 @@ pub(crate) struct BootMoment {
     pub(crate) at: Moment,
 }
 
+impl BootMoment {
+    /// Whether it is of that boot. Where the kernel does not tell (an empty id) it is not.
+    pub(crate) fn is_of(&self, boot_id: &str) -> bool {
+        is_same_boot(&self.boot_id, boot_id)
+    }
+}
+
+/// Whether two ids are of the same boot; an empty one is of none that is known.
+pub(super) fn is_same_boot(one: &str, other: &str) -> bool {
+    !one.is_empty() && one == other
+}
+
 impl SessionRecord {
+    /// Whether it stands for whatever was in a torn record.
+    pub(crate) fn is_unnamed(&self) -> bool {
+        self.device.as_str() == UNNAMED
+    }
+
     pub(crate) fn enforcement(&self) -> Enforcement {
         match self.enforces_lease {
             true => Enforcement::ByDevice,
@@ -95,6 +115,15 @@ pub(crate) enum Record {
     Complete,
     /// A run ended as planned: its sessions may be resumed.
     Drained(Drained),
+    /// From here on a session may be of a device that does not stop by itself when its lease ends. Durable before the
+    /// first such session of a run is written, so that a torn record tells whether it may be one.
+    Unenforced,
+}
+
+impl Record {
+    pub(super) fn is_of_unenforced(&self) -> bool {
+        matches!(self, Self::Opened(session) if !session.enforces_lease)
+    }
 }
 
 /// Why bytes are not what a crash may leave of a journal.
@@ -228,7 +257,7 @@ pub(super) mod wire {
 
     #[derive(Clone, PartialEq, prost::Message)]
     pub(in crate::journal) struct Record {
-        #[prost(oneof = "Entry", tags = "1, 2, 3, 4, 5")]
+        #[prost(oneof = "Entry", tags = "1, 2, 3, 4, 5, 6")]
         pub(in crate::journal) entry: Option<Entry>,
     }
 
@@ -244,10 +273,15 @@ pub(super) mod wire {
         Complete(Complete),
         #[prost(message, tag = "5")]
         Drained(crate::journal::drained::wire::Drained),
+        #[prost(message, tag = "6")]
+        Unenforced(Unenforced),
     }
 
     #[derive(Clone, Copy, PartialEq, prost::Message)]
     pub(in crate::journal) struct Complete {}
+
+    #[derive(Clone, Copy, PartialEq, prost::Message)]
+    pub(in crate::journal) struct Unenforced {}
 
     #[derive(Clone, Copy, PartialEq, prost::Message)]
     pub(in crate::journal) struct Terms {
@@ -308,6 +342,7 @@ impl From<&Record> for wire::Record {
             Record::Over(id) => wire::Entry::Over(id.get()),
             Record::Complete => wire::Entry::Complete(wire::Complete {}),
             Record::Drained(drained) => wire::Entry::Drained(drained.into()),
+            Record::Unenforced => wire::Entry::Unenforced(wire::Unenforced {}),
         };
         Self { entry: Some(entry) }
     }
@@ -327,6 +362,7 @@ impl TryFrom<wire::Record> for Record {
             wire::Entry::Over(id) => Self::Over(SessionId::new(id).ok_or(Nonsense)?),
             wire::Entry::Complete(wire::Complete {}) => Self::Complete,
             wire::Entry::Drained(drained) => Self::Drained(drained.try_into()?),
+            wire::Entry::Unenforced(wire::Unenforced {}) => Self::Unenforced,
         })
     }
 }

@@ -1,3 +1,5 @@
+mod power_loss;
+
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -43,12 +45,16 @@ fn now(nanos: u64) -> Incarnation {
 }
 
 fn take(path: &Path) -> (JournalFile, History) {
-    JournalFile::take(path, Takeover::Never).unwrap()
+    JournalFile::take(path, Takeover::Never, Arc::new(Disk)).unwrap()
 }
 
 fn open(path: &Path, at: u64) -> Opened {
     let terms = LeaseTerms::default();
     Journal::open(path, Takeover::Never, Writer::Thread, now(at), terms, || boot_moment(at)).unwrap()
+}
+
+fn is_current(claim: &Claim) -> bool {
+    claim.standing() == Standing::Current
 }
 
 /// The one journal file that there is.
@@ -67,7 +73,7 @@ fn drained() -> Drained {
         wants_end: true,
     };
     Drained {
-        boot_id: "boot".to_owned(),
+        boot_id: "this boot".to_owned(),
         sessions: vec![DrainedSession {
             session: session(5),
             lease_expires: Moment::from_nanos(17),
@@ -83,6 +89,7 @@ fn drained() -> Drained {
             id: AddressSpaceId::new(4).unwrap(),
             name: "vm".to_owned(),
             last_seq: None,
+            began_after: Some(Seq::FIRST),
             open_brackets: vec![DrainedBracket {
                 seq: Seq::FIRST,
                 range: AddrRange::ALL,
@@ -116,6 +123,7 @@ fn any_record() -> impl Strategy<Value = Record> {
         })),
         1 => Just(Record::Complete),
         1 => Just(Record::Drained(drained())),
+        1 => Just(Record::Unenforced),
     ]
 }
 
@@ -198,7 +206,7 @@ proptest! {
                     file = next;
                 }
             }
-            prop_assert!(file.claim().is_current());
+            prop_assert!(is_current(file.claim()));
         }
         drop(file);
         prop_assert_eq!(ids(&take(folder.path()).1), open.into_iter().collect::<Vec<_>>());
@@ -222,9 +230,9 @@ fn each_run_has_a_higher_incarnation_and_numbers_of_its_own_even_if_the_clock_go
 fn a_second_owner_is_refused_while_the_first_lives() {
     let folder = tempfile::tempdir().unwrap();
     let (first, _) = take(folder.path());
-    let refused = JournalFile::take(folder.path(), Takeover::Never).unwrap_err();
+    let refused = JournalFile::take(folder.path(), Takeover::Never, Arc::new(Disk)).unwrap_err();
     assert!(matches!(refused, JournalError::Held { .. }), "{refused}");
-    assert!(first.claim().is_current(), "and nothing happened to it");
+    assert!(is_current(first.claim()), "and nothing happened to it");
     drop(first);
     take(folder.path());
 }
@@ -235,15 +243,15 @@ fn who_is_taken_over_from_knows_it_by_a_look_and_cannot_compact_it_away() {
     let (mut first, _) = take(folder.path());
     first.append(&[Record::Opened(session(1))]).unwrap();
     let claim = first.claim().clone();
-    let (mut second, history) = JournalFile::take(folder.path(), Takeover::IfHeld).unwrap();
+    let (mut second, history) = JournalFile::take(folder.path(), Takeover::IfHeld, Arc::new(Disk)).unwrap();
     assert_eq!(ids(&history), [1]);
-    assert!(!claim.is_current() && second.claim().is_current());
+    assert!(!is_current(&claim) && is_current(second.claim()));
     assert!(matches!(first.compact(), Err(AppendError::Superseded)));
     // However far the successor has come.
     second.compact().unwrap();
     second.compact().unwrap();
     assert!(matches!(first.compact(), Err(AppendError::Superseded)));
-    assert!(!claim.is_current() && second.claim().is_current());
+    assert!(!is_current(&claim) && is_current(second.claim()));
     second.append(&[Record::Opened(session(2))]).unwrap();
     drop(second);
     assert_eq!(ids(&take(folder.path()).1), [1, 2]);
@@ -261,7 +269,7 @@ fn a_takeover_that_was_cut_short_loses_nobody() {
     // With the file before it gone, nobody knows.
     fs::remove_file(only(folder.path())).unwrap();
     fs::write(folder.path().join("journal.9"), header(9)).unwrap();
-    let refused = JournalFile::take(folder.path(), Takeover::Never).unwrap_err();
+    let refused = JournalFile::take(folder.path(), Takeover::Never, Arc::new(Disk)).unwrap_err();
     assert!(matches!(refused, JournalError::Damaged { damage: Damage::Incomplete, .. }), "{refused}");
 }
 
@@ -278,10 +286,10 @@ fn a_damage_is_told_with_its_file_and_its_byte_and_changes_nothing() {
     drop(file);
     let path = only(folder.path());
     let mut bytes = fs::read(&path).unwrap();
-    bytes[usize::try_from(at).unwrap() + 25] ^= 1;
+    bytes[usize::try_from(at).unwrap() + 21] ^= 1;
     fs::write(&path, &bytes).unwrap();
     for takeover in [Takeover::Never, Takeover::IfHeld] {
-        let refused = JournalFile::take(folder.path(), takeover).unwrap_err().to_string();
+        let refused = JournalFile::take(folder.path(), takeover, Arc::new(Disk)).unwrap_err().to_string();
         assert!(refused.contains(path.to_str().unwrap()), "{refused}");
         assert!(refused.contains(&format!("byte {at}:")), "{refused}");
         assert!(refused.contains("start again"), "it says what to do: {refused}");
@@ -329,6 +337,76 @@ fn a_torn_record_keeps_the_sessions_before_it_and_one_without_a_name() {
     }
 }
 
+fn unenforced(id: u64) -> SessionRecord {
+    SessionRecord { enforces_lease: false, ..session(id) }
+}
+
+fn enforced(id: u64) -> SessionRecord {
+    SessionRecord { enforces_lease: true, ..session(id) }
+}
+
+/// What the last frame says cannot be known, so what it may have said counts: time alone ends the wait for a device
+/// that enforces its lease, and for no other. Torn at every byte of it.
+#[test]
+fn a_torn_record_may_be_of_a_device_that_enforces_no_lease_where_there_may_be_one() {
+    let cases: [(&str, &[SessionRecord], bool); 4] = [
+        ("every device of the run enforces its lease", &[enforced(1), enforced(2)], true),
+        ("one that is there does not", &[unenforced(1), enforced(2)], false),
+        ("the first that does not is torn", &[enforced(1), unenforced(2)], false),
+        ("and it is the first of all", &[unenforced(2)], false),
+    ];
+    for (what, sessions, enforces_lease) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        open(folder.path(), 1).journal.close(None);
+        let (mut file, _) = take(folder.path());
+        let (last, before) = sessions.split_last().unwrap();
+        for session in before {
+            file.append(&[Record::Opened(session.clone())]).unwrap();
+        }
+        file.append(&[Record::Opened(last.clone())]).unwrap();
+        // The frame of the last alone, wherever it begins.
+        let last_frame = frame(2, 0, &[Record::Opened(last.clone())]).len();
+        let whole = usize::try_from(file.bytes()).unwrap() - last_frame;
+        drop(file);
+        let path = only(folder.path());
+        let bytes = fs::read(&path).unwrap();
+        for cut in whole + 1..bytes.len() {
+            let folder = tempfile::tempdir().unwrap();
+            fs::write(folder.path().join(path.file_name().unwrap()), &bytes[..cut]).unwrap();
+            for time in ["the first", "the second"] {
+                let (_, history) = take(folder.path());
+                let unnamed = history.sessions.values().find(|session| session.is_unnamed()).unwrap();
+                assert_eq!(unnamed.enforces_lease, enforces_lease, "{what}; cut at {cut}, {time} time");
+            }
+        }
+    }
+}
+
+/// Who is gone costs nobody a person's attention.
+#[test]
+fn a_device_that_enforced_no_lease_and_has_left_counts_to_the_end_of_its_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let tear = |session| {
+        let opened = open(folder.path(), 2);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(opened.journal.opened(session)).unwrap();
+        opened.journal.close(None);
+        let path = only(folder.path());
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+        let (_, history) = take(folder.path());
+        history.sessions.values().find(|session| session.is_unnamed()).unwrap().enforces_lease
+    };
+    let first = open(folder.path(), 1);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        first.journal.opened(unenforced(2)).await.unwrap();
+        first.journal.over(SessionId::new(2).unwrap()).await;
+    });
+    first.journal.close(None);
+    assert!(tear(enforced(3)), "none in this run");
+}
+
 #[test]
 fn a_journal_does_not_grow_with_the_sessions_that_there_were() {
     let folder = tempfile::tempdir().unwrap();
@@ -354,19 +432,50 @@ fn a_full_disk_refuses_a_record_and_loses_none() {
     let refused = file.append(&[Record::Opened(session(2))]).unwrap_err();
     assert!(matches!(&refused, AppendError::Io(_)), "{refused}");
     file.append(&[Record::Opened(session(3))]).unwrap();
-    assert!(file.claim().is_current());
+    assert!(is_current(file.claim()));
     drop(file);
     assert_eq!(ids(&take(folder.path()).1), [1, 3]);
 }
 
+/// Nobody goes on from a journal that is gone, and who starts anew does not know of its sessions.
 #[test]
-fn who_removes_the_directory_supersedes_its_owner() {
+fn a_journal_that_is_removed_or_moved_away_is_not_a_successors() {
+    type Step = fn(&Path);
+    let steps: [(&str, Step); 4] = [
+        ("the directory is removed", |state| fs::remove_dir_all(state).unwrap()),
+        ("the file is removed", |state| fs::remove_file(only(state)).unwrap()),
+        ("the file is moved", |state| fs::rename(only(state), state.with_extension("old")).unwrap()),
+        ("another is in its place", |state| {
+            let file = only(state);
+            fs::copy(&file, file.with_extension("copy")).unwrap();
+            fs::rename(file.with_extension("copy"), file).unwrap();
+        }),
+    ];
+    for (what, step) in steps {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join("state");
+        let (mut file, _) = take(&state);
+        // Not the first generation: one that starts anew has lower ones.
+        file.compact().unwrap();
+        file.compact().unwrap();
+        assert_eq!(file.claim().standing(), Standing::Current);
+        step(&state);
+        assert_eq!(file.claim().standing(), Standing::Removed, "{what}");
+        if only_if_any(&state).is_none() {
+            let _successor = take(&state);
+            assert_eq!(file.claim().standing(), Standing::Removed, "{what}, and somebody starts");
+        }
+    }
+    // However far a successor has come.
     let folder = tempfile::tempdir().unwrap();
-    let state = folder.path().join("state");
-    let (file, _) = take(&state);
-    assert!(file.claim().is_current());
-    fs::remove_dir_all(&state).unwrap();
-    assert!(!file.claim().is_current());
+    let (file, _) = take(folder.path());
+    let (mut next, _) = JournalFile::take(folder.path(), Takeover::IfHeld, Arc::new(Disk)).unwrap();
+    next.compact().unwrap();
+    assert_eq!(file.claim().standing(), Standing::Superseded);
+}
+
+fn only_if_any(state: &Path) -> Option<fs::DirEntry> {
+    fs::read_dir(state).ok()?.next()?.ok()
 }
 
 /// What a planned end leaves is good for the very next run.
@@ -410,7 +519,7 @@ fn the_moment_from_which_leases_are_counted_is_after_the_takeover() {
     let mut was_current = None;
     let successor =
         Journal::open(folder.path(), Takeover::IfHeld, Writer::Thread, now(2), LeaseTerms::default(), || {
-            was_current = Some(old.is_current());
+            was_current = Some(old.standing() == Standing::Current);
             boot_moment(2)
         });
     assert_eq!(was_current, Some(false));
@@ -433,7 +542,11 @@ fn a_run_that_is_taken_over_from_before_it_began_does_not_begin() {
         boot_moment(2)
     });
     let hung = hung.map(|opened| opened.run);
-    assert!(matches!(hung, Err(JournalError::Held { .. })), "{hung:?} beside {:?}", successor.map(|it| it.run));
+    assert!(
+        matches!(hung, Err(JournalError::Held { .. })),
+        "{hung:?} beside {:?}",
+        successor.map(|it| it.run)
+    );
 }
 
 /// Whoever writes itself finds the same, at once, and its end is the same.
@@ -458,4 +571,24 @@ fn a_journal_without_a_thread_is_durable_when_the_call_returns() {
     assert!(runtime.block_on(journal.opened(session(2))).is_err(), "it is closed");
     drop(journal);
     assert_eq!(open_alone(2).before.drained, Some(drained()));
+}
+
+/// After a reboot no translation is worth anything: the memory behind it is gone.
+#[test]
+fn resume_points_of_another_boot_are_a_crash() {
+    for boot in ["another boot", ""] {
+        let folder = tempfile::tempdir().unwrap();
+        let first = open(folder.path(), 100);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(first.journal.opened(session(5))).unwrap();
+        first.journal.close(Some(drained()));
+        let (terms, writer) = (LeaseTerms::default(), Writer::Thread);
+        let clock = || BootMoment { boot_id: boot.to_owned(), ..boot_moment(200) };
+        let second = Journal::open(folder.path(), Takeover::Never, writer, now(200), terms, clock).unwrap();
+        assert_eq!(second.before.drained, None, "boot {boot:?}");
+        assert_eq!(second.run.incarnation, now(200), "boot {boot:?}");
+        let survivor = second.before.sessions.values().next().unwrap();
+        assert_eq!(survivor.unrenewed_since, Some(clock()), "its lease is counted from the start");
+        second.journal.close(None);
+    }
 }

@@ -162,7 +162,7 @@ fn draining() -> SessionError {
 pub(crate) fn superseded() -> SessionError {
     SessionError::fatal(
         Reason::HostSuperseded,
-        "a successor runs in the place of this host agent; drop every translation and connect to it",
+        "the state directory is not this host agent's any more; drop every translation and connect to its successor",
     )
 }
 

@@ -1,0 +1,231 @@
+//! Restarts one after the other: what one run took over, the next must know as well.
+
+use super::*;
+
+async fn take_back(place: &Place, space: u64) {
+    let request = v1::RegisterAddressSpaceRequest { address_space_id: space, ..Default::default() };
+    let taken = place.notifier().await.register_address_space(request).await.unwrap().into_inner();
+    assert_eq!(taken.address_space_id, space);
+}
+
+async fn end_as_planned(mut daemon: Daemon) {
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.exit_code().await, Some(0));
+}
+
+/// What the source is told of a round, without waiting for it.
+async fn look(place: &Place, space: u64, seq: u64) -> Result<v1::RoundResult, Reason> {
+    let asked = v1::AwaitRoundRequest { address_space_id: space, seq, deadline_ms: Some(0) };
+    match place.notifier().await.await_round(asked).await {
+        Ok(told) => Ok(told.into_inner().result.unwrap()),
+        Err(refused) => Err(Reason::of_status(&refused).unwrap()),
+    }
+}
+
+/// A round of an address space whose device never acks.
+async fn never_quiesced(place: &Place) -> (u64, u64, Device) {
+    let mut notifier = place.notifier().await;
+    let space = register(&mut notifier).await;
+    let mut silent = place.hello("silent").await;
+    silent.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
+    let round = invalidate(&mut notifier, space, Some(0)).await.unwrap();
+    assert_eq!(round.verdict(), v1::Verdict::NotQuiesced);
+    silent.notice().await;
+    (space, round.seq, silent)
+}
+
+/// A device that was welcomed and subscribed, and says where it stopped.
+async fn subscribed(place: &Place, space: u64) -> (Device, v1::ResumePoint) {
+    let mut device = Device::on(connect(&place.path("device")).await);
+    device.ask(Ask::Hello(Device::hello_of("old"))).await;
+    let Say::Welcome(welcome) = device.say().await else { panic!("not welcomed") };
+    device.session = welcome.session_id;
+    device.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
+    let (session_id, host_incarnation) = (welcome.session_id, welcome.host_incarnation);
+    (device, v1::ResumePoint { session_id, host_incarnation, received_through: 0 })
+}
+
+/// The answer to a device that comes back with what it holds.
+async fn come_back(place: &Place, resume: v1::ResumePoint) -> (Device, v1::Welcome) {
+    let mut device = Device::on(connect(&place.path("device")).await);
+    device.session = resume.session_id;
+    device.ask(Ask::Hello(v1::Hello { resume: Some(resume), ..Device::hello_of("old") })).await;
+    match device.say().await {
+        Say::Welcome(welcome) => (device, welcome),
+        other => panic!("not welcomed: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_round_that_a_crash_cut_off_is_not_quiesced_after_a_planned_restart_either() {
+    let place = Place::new();
+    let first = place.start(&["--lease", "60s"]);
+    let (space, seq, _silent) = never_quiesced(&place).await;
+    first.kill();
+    let second = place.start(&["--lease", "60s"]);
+    take_back(&place, space).await;
+    assert_eq!(look(&place, space, seq).await, Err(Reason::RoundUnknown));
+    end_as_planned(second).await;
+    // However often: what is restored is written down again.
+    for _ in 0..2 {
+        let next = place.start(&["--lease", "60s"]);
+        assert_eq!(look(&place, space, seq).await, Err(Reason::RoundUnknown), "its device never acked");
+        take_back(&place, space).await;
+        assert_eq!(look(&place, space, seq).await, Err(Reason::RoundUnknown));
+        end_as_planned(next).await;
+    }
+}
+
+#[tokio::test]
+async fn a_round_that_a_planned_end_left_out_is_not_quiesced_after_another() {
+    let place = Place::new();
+    let first = place.start(&["--lease", "60s"]);
+    let (space, seq, _silent) = never_quiesced(&place).await;
+    end_as_planned(first).await;
+    let second = place.start(&["--lease", "60s"]);
+    take_back(&place, space).await;
+    end_as_planned(second).await;
+    let _third = place.start(&["--lease", "60s"]);
+    assert_eq!(look(&place, space, seq).await, Err(Reason::RoundUnknown), "its device never acked");
+    let mut notifier = place.notifier().await;
+    let end = v1::InvalidateRangeEndRequest { address_space_id: space, seq, ..Default::default() };
+    let unknown = notifier.invalidate_range_end(end).await.unwrap_err();
+    assert_eq!(Reason::of_status(&unknown), Some(Reason::RoundUnknown));
+    let waits = invalidate(&mut notifier, space, Some(0)).await.unwrap();
+    assert_eq!((waits.verdict(), waits.targets.len()), (v1::Verdict::NotQuiesced, 1));
+    assert_eq!(waits.targets[0].device_id, "silent", "it is waited for still");
+    assert!(waits.seq > seq);
+}
+
+#[tokio::test]
+async fn a_round_that_was_quiesced_is_so_after_any_number_of_planned_restarts() {
+    let place = Place::new();
+    let mut daemon = place.start(&["--lease", "60s"]);
+    let mut notifier = place.notifier().await;
+    let space = register(&mut notifier).await;
+    let done = invalidate(&mut notifier, space, None).await.unwrap();
+    let end = v1::InvalidateRangeEndRequest { address_space_id: space, seq: done.seq, ..Default::default() };
+    notifier.invalidate_range_end(end).await.unwrap();
+    for _ in 0..2 {
+        end_as_planned(daemon).await;
+        daemon = place.start(&["--lease", "60s"]);
+        assert_eq!(look(&place, space, done.seq).await.unwrap().verdict(), v1::Verdict::Quiesced);
+        assert_eq!(look(&place, space, done.seq + 1).await, Err(Reason::RoundUnknown));
+    }
+}
+
+/// It was away for a whole run; what it holds is as it was.
+#[tokio::test]
+async fn a_device_that_missed_a_run_resumes_after_two_planned_restarts() {
+    let place = Place::new();
+    let first = place.start(&["--lease", "60s"]);
+    let space = register(&mut place.notifier().await).await;
+    let (device, resume) = subscribed(&place, space).await;
+    end_as_planned(first).await;
+    drop(device);
+    let second = place.start(&["--lease", "60s"]);
+    let before = place.sessions().await[0].lease_remaining_ms;
+    end_as_planned(second).await;
+    let _third = place.start(&["--lease", "60s"]);
+    assert!(place.sessions().await[0].lease_remaining_ms <= before, "nobody renewed its lease");
+    let (mut back, welcome) = come_back(&place, resume).await;
+    assert_eq!(welcome.resume(), v1::Resume::Continue);
+    assert_eq!((welcome.session_id, welcome.host_incarnation), (resume.session_id, resume.host_incarnation));
+    // It hears of what it had subscribed to.
+    let mut notifier = place.notifier().await;
+    let round = tokio::spawn(async move { invalidate(&mut notifier, space, None).await.unwrap() });
+    let notice = back.notice().await;
+    back.ack(notice.number).await;
+    assert_eq!(soon(round).await.unwrap().verdict(), v1::Verdict::Quiesced);
+}
+
+/// A planned end in the middle of the grace does not end it, nor does it begin anew.
+#[tokio::test]
+async fn a_survivor_of_a_crash_is_waited_for_across_a_planned_restart() {
+    let place = Place::new();
+    place.one_that_is_killed(&["--lease", "60s"]).await;
+    let second = place.start(&["--lease", "60s"]);
+    let space = register(&mut place.notifier().await).await;
+    let (_device, resume) = subscribed_as_another(&place, space).await;
+    let before = remaining(&place, "old").await;
+    end_as_planned(second).await;
+    let _third = place.start(&["--lease", "60s"]);
+    assert!(remaining(&place, "old").await <= before);
+    let mut notifier = place.notifier().await;
+    let waits = invalidate(&mut notifier, space, Some(0)).await.unwrap();
+    let mut targets: Vec<_> = waits.targets.iter().map(|target| target.device_id.as_str()).collect();
+    targets.sort_unstable();
+    assert_eq!((waits.verdict(), targets), (v1::Verdict::NotQuiesced, vec!["old", "other"]));
+    let survivor = place.sessions().await.into_iter().find(|session| session.device_id == "old").unwrap();
+    let of_the_crash = v1::ResumePoint { session_id: survivor.session_id, ..resume };
+    let (_flushes, welcome) = come_back(&place, of_the_crash).await;
+    assert_eq!(welcome.resume(), v1::Resume::Flush, "a crash is a crash");
+}
+
+async fn subscribed_as_another(place: &Place, space: u64) -> (Device, v1::ResumePoint) {
+    let mut device = Device::on(connect(&place.path("device")).await);
+    device.ask(Ask::Hello(Device::hello_of("other"))).await;
+    let Say::Welcome(welcome) = device.say().await else { panic!("not welcomed") };
+    device.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
+    let (session_id, host_incarnation) = (welcome.session_id, welcome.host_incarnation);
+    (device, v1::ResumePoint { session_id, host_incarnation, received_through: 0 })
+}
+
+async fn remaining(place: &Place, device: &str) -> u64 {
+    let sessions = place.sessions().await;
+    sessions.iter().find(|session| session.device_id == device).unwrap().lease_remaining_ms
+}
+
+#[tokio::test]
+async fn a_crash_after_a_planned_restart_resumes_nobody() {
+    let place = Place::new();
+    let first = place.start(&["--lease", "60s"]);
+    let space = register(&mut place.notifier().await).await;
+    let (_device, resume) = subscribed(&place, space).await;
+    end_as_planned(first).await;
+    let second = place.start(&["--lease", "60s"]);
+    second.kill();
+    let _third = place.start(&["--lease", "60s"]);
+    let (_back, welcome) = come_back(&place, resume).await;
+    assert_eq!(welcome.resume(), v1::Resume::Flush);
+    assert!(welcome.host_incarnation > resume.host_incarnation);
+}
+
+/// A daemon that finds another boot id than its predecessor, as after a reboot. `None` where that cannot be made.
+fn after_a_reboot(place: &Place, more: &[&str]) -> Option<Daemon> {
+    let another = place.path("boot");
+    std::fs::write(&another, "11111111-2222-3333-4444-555555555555\n").unwrap();
+    let mount = format!("mount --bind {} /proc/sys/kernel/random/boot_id", another.display());
+    let can = Command::new("unshare").args(["-m", "sh", "-c", &mount]).output();
+    if !can.is_ok_and(|output| output.status.success()) {
+        eprintln!("not tested: it takes a user who may mount (root)");
+        return None;
+    }
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", &format!("{mount} && exec \"$0\" \"$@\""), DAEMON]);
+    command.args(place.arguments()).args(more);
+    Some(Daemon::start(command))
+}
+
+/// The memory behind every translation is gone.
+#[tokio::test]
+async fn after_a_reboot_nobody_resumes() {
+    let place = Place::new();
+    let first = place.start(&["--lease", "60s"]);
+    let space = register(&mut place.notifier().await).await;
+    let (device, resume) = subscribed(&place, space).await;
+    end_as_planned(first).await;
+    drop(device);
+    let Some(_second) = after_a_reboot(&place, &["--lease", "60s"]) else { return };
+    assert_eq!(look(&place, space, 1).await, Err(Reason::AddressSpaceUnknown));
+    let (_back, welcome) = come_back(&place, resume).await;
+    assert_eq!(welcome.resume(), v1::Resume::Flush);
+    assert!(welcome.host_incarnation > resume.host_incarnation);
+    assert!(welcome.session_id > resume.session_id);
+    // Until it says that it holds nothing it is waited for, everywhere and for its whole lease.
+    let mut notifier = place.notifier().await;
+    let elsewhere = register(&mut notifier).await;
+    let waits = invalidate(&mut notifier, elsewhere, Some(0)).await.unwrap();
+    assert_eq!((waits.verdict(), waits.targets.len()), (v1::Verdict::NotQuiesced, 1));
+    assert_eq!(waits.targets[0].session_id, resume.session_id);
+}

@@ -211,7 +211,7 @@ impl Journal {
         })?;
         let claim = file.claim().clone();
         // A successor that came before it was written has not read it, and gives out the same numbers.
-        if !claim.is_current() {
+        if claim.standing() != Standing::Current {
             return Err(JournalError::Held { path: path.to_owned() });
         }
         let pen = match writer {

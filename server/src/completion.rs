@@ -236,7 +236,8 @@ impl WaitingRound {
             times: RoundTimes {
                 called: self.called,
                 dispatched: ledger.dispatched,
-                resolved: ledger.round.completed(),
+                // Without a target it was complete when it was called, which may be long before it was dispatched.
+                resolved: ledger.round.completed().map(|completed| completed.max(ledger.dispatched)),
                 answered: self.clock.now(),
             },
         }
@@ -283,4 +284,28 @@ pub(crate) fn finish(round: &WaitingRound, owned: Owned) {
         EndedBy::Caller | EndedBy::Nobody => {}
     }
     drop((permit, parked));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shootdown_core::{AddrRange, AddressSpaceId, Method, Seq};
+
+    #[test]
+    fn a_round_is_not_resolved_before_it_is_dispatched() {
+        let event = Event {
+            address_space: AddressSpaceId::FIRST,
+            seq: Seq::FIRST,
+            range: AddrRange::ALL,
+            method: Method::Invalidate,
+            cause: Cause::Unmap,
+            owner: None,
+        };
+        let run = (Clock::BOOTTIME, Incarnation::FIRST);
+        // Held up while the quarantine's budget was spent, and nobody is left whom it concerns.
+        let (called, dispatched) = (Moment::from_nanos(1), Moment::from_nanos(5));
+        let round = WaitingRound::new(event, [], EndedBy::Task, Enforcement::ByDevice, called, run);
+        round.on_dispatched(dispatched);
+        assert_eq!(round.result().times.resolved, Some(dispatched));
+    }
 }

@@ -18,17 +18,21 @@
 //! # }
 //! ```
 
+use std::fmt;
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, Router};
+use tonic::transport::{Channel, Endpoint};
 
 use crate::config::StateConfig;
 use crate::handover;
@@ -144,6 +148,54 @@ pub async fn serve_administrators<C>(
 pub async fn watch(host: Host, stop: CancellationToken) {
     watchdog::run(host, stop).await;
 }
+
+/// What connects to a `FencerService` of the embedding program's, for [`crate::Fencer::Embedded`]. Two are equal
+/// when one is a clone of the other.
+#[derive(Clone)]
+pub struct FencerConnector(Arc<dyn Fn() -> Connecting + Send + Sync>);
+
+type Connecting = Pin<Box<dyn Future<Output = io::Result<TokioIo<Box<dyn Duplex>>>> + Send>>;
+
+/// Both halves of a connection.
+trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<C: AsyncRead + AsyncWrite + Send + Unpin> Duplex for C {}
+
+impl FencerConnector {
+    /// `connect` is called once an attempt, and its time is part of the attempt's. What it makes must carry bytes in
+    /// order, and both ways at once.
+    pub fn from_fn<C, F>(connect: impl Fn() -> F + Send + Sync + 'static) -> Self
+    where
+        C: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        F: Future<Output = io::Result<C>> + Send + 'static,
+    {
+        Self(Arc::new(move || {
+            let connecting = connect();
+            Box::pin(async move { Ok(TokioIo::new(Box::new(connecting.await?) as Box<dyn Duplex>)) })
+        }))
+    }
+
+    pub(crate) async fn connect(&self) -> Result<Channel, tonic::transport::Error> {
+        let connector = Arc::clone(&self.0);
+        // The connector knows where; the name is what the request says it goes to.
+        let endpoint = Endpoint::from_static("http://fencer");
+        endpoint.connect_with_connector(tower::service_fn(move |_| connector())).await
+    }
+}
+
+impl fmt::Debug for FencerConnector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("FencerConnector")
+    }
+}
+
+impl PartialEq for FencerConnector {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for FencerConnector {}
 
 async fn serve<C>(
     services: Router,

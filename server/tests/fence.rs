@@ -18,6 +18,7 @@ use shootdown_proto::v1::fencer_service_server::{FencerService, FencerServiceSer
 use shootdown_proto::v1::page_service_client::PageServiceClient;
 use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_server::config::Config;
+use shootdown_server::embed::FencerConnector;
 use shootdown_server::source::{Notifier as _, Outcome, RoundResult, TargetReport, Verdict};
 use shootdown_server::{DevicePattern, Fencer, FencerRule, ListenAddr};
 use tokio::task::JoinHandle;
@@ -254,6 +255,34 @@ async fn a_service_confirms_by_its_word_and_by_nothing_else() {
     }
     assert_outlived(&quiesced(round).await);
     assert_eq!(switch.times_asked("confirmed"), 1, "nobody is asked about what is over");
+}
+
+#[tokio::test]
+async fn a_service_is_asked_over_a_connection_of_the_embedding_programs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("switch");
+    let switch = Switch::default();
+    switch.serve(&path);
+    let connector = FencerConnector::from_fn(move || tokio::net::UnixStream::connect(path.clone()));
+    let unreachable = FencerConnector::from_fn(|| async {
+        Err::<tokio::net::UnixStream, _>(std::io::ErrorKind::ConnectionRefused.into())
+    });
+    assert_ne!(connector, unreachable);
+    let agent = Agent::start_with(|config| {
+        short_lease(config);
+        let limit = Duration::from_secs(10);
+        config.host.fencers = vec![
+            rule("unreachable", Fencer::Embedded(unreachable), limit),
+            rule("*", Fencer::Embedded(connector), limit),
+        ];
+    });
+    let (space, other) = (agent.space(), agent.space());
+    let (_devices, round) = silent_targets(&agent, space, &["confirmed"]).await;
+    let (_device, without) = silent_targets(&agent, other, &["unreachable"]).await;
+    let targets = quiesced(round).await;
+    assert_eq!(targets[0].outcome, Outcome::Fenced);
+    assert!(targets[0].elapsed.unwrap() < LEASE / 2, "by its word: {targets:?}");
+    assert_outlived(&quiesced(without).await);
 }
 
 /// A fencer that comes back is asked again, and a device that acks meanwhile is left in peace.

@@ -13,19 +13,20 @@ use shootdown_proto::v1;
 use shootdown_proto::v1::admin_service_client::AdminServiceClient;
 use shootdown_server::clock::Clock;
 use shootdown_server::config::{StateConfig, Takeover};
-use shootdown_server::source::memory::FrameStore;
 use shootdown_server::{HostConfig, QuarantineBudget, embed};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use turmoil::net::{TcpListener, TcpStream};
 
+use crate::administrator;
 use crate::clock::{host_now, virtual_now};
 use crate::device::{PORT, everywhere};
-use crate::plan::{Broken, Plan, millis};
+use crate::fencer;
+use crate::plan::{Broken, DevicePlan, millis};
 use crate::shared::{Shared, Stage};
 use crate::sockets::Socket;
 use crate::source::{Ended, Source};
-use crate::trace::What;
+use crate::trace::{CutOffBy, What};
 
 /// Where the host agent listens for administrators.
 const ADMIN_PORT: u16 = 7401;
@@ -54,17 +55,18 @@ async fn live(shared: Arc<Shared>) -> turmoil::Result {
         }
     }
     let state = StateConfig { dir: shared.state.path().to_owned(), takeover: Takeover::Never };
-    let host = embed::restarted(config(&shared.plan), tokio::runtime::Handle::current(), state)?;
+    let host = embed::restarted(config(&shared), tokio::runtime::Handle::current(), state)?;
     shared.trace.record(What::AgentStarted { incarnation: host.incarnation().get() });
     let stop = CancellationToken::new();
-    // The simulated pages have no bytes: what is granted is looked at in the trace.
-    let frames = FrameStore::new(1)?;
+    let frames = Arc::clone(&shared.memory.lock().store);
     tokio::spawn(embed::watch(host.clone(), stop.clone()));
     let (devices, administrators) = (listen(&shared, PORT).await?, listen(&shared, ADMIN_PORT).await?);
     let (served, until) = (host.clone(), stop.clone());
     tokio::spawn(async move { embed::serve_devices(&served, &frames, devices, until).await });
     let (served, until) = (host.clone(), stop.clone());
     tokio::spawn(async move { embed::serve_administrators(&served, administrators, until).await });
+
+    tokio::spawn(administrate(Arc::clone(&shared), run, stop.clone()));
 
     let source = Source::new(Arc::clone(&shared), host.clone(), run);
     if source.run().await == Ended::AskedTo {
@@ -77,14 +79,29 @@ async fn live(shared: Arc<Shared>) -> turmoil::Result {
     shared.until(Stage::Quiet).await;
     let devices = shared.plan.devices.len();
     shared.stopped.until(|stopped| stopped == devices).await;
-    let left = left(&shared.plan).await?;
+    let left = left(&shared).await?;
     shared.trace.record(left);
     shared.stage.change(|stage| *stage = Stage::Over);
     stop.cancel();
     Ok(())
 }
 
-fn config(plan: &Plan) -> HostConfig {
+/// The administrator, where there is work for one.
+async fn administrate(shared: Arc<Shared>, run: u64, stop: CancellationToken) {
+    let plan = &shared.plan;
+    let by_hand = |device: &DevicePlan| plan.cut_off_by(device.index) == Some(CutOffBy::Administrator);
+    if plan.devices.iter().any(by_hand) {
+        tokio::select! {
+            biased;
+            // First: there is nothing to administer any more.
+            () = stop.cancelled() => {}
+            ended = administrator::run(Arc::clone(&shared), run) => drop(ended),
+        }
+    }
+}
+
+fn config(shared: &Arc<Shared>) -> HostConfig {
+    let plan = &shared.plan;
     let session = SessionConfig {
         lease: plan.terms,
         ack_timeout: plan.ack_timeout,
@@ -100,8 +117,11 @@ fn config(plan: &Plan) -> HostConfig {
         // Wall time: also of a run that does not know of those before.
         incarnation: Incarnation::new(virtual_now().as_nanos() as u64 + 1).expect("it is not 0"),
         clock: Clock::new(host_now),
-        fencers: Vec::new(),
-        quarantine: QuarantineBudget { bytes: u64::MAX, pages: u64::MAX },
+        fencers: fencer::rules(shared),
+        quarantine: QuarantineBudget {
+            bytes: u64::MAX,
+            pages: if plan.broken == Broken::NoBudget { u64::MAX } else { plan.quarantine_pages },
+        },
         source_fault_timeout: shootdown_server::source::rpc::DEFAULT_FAULT_TIMEOUT,
     }
 }
@@ -118,16 +138,26 @@ async fn listen(
     }))
 }
 
+/// A connection to the host agent on this machine, as an administrator.
+pub async fn administer(shared: &Arc<Shared>) -> Result<Channel, tonic::transport::Error> {
+    let shared = Arc::clone(shared);
+    let connect = move |_| {
+        let shared = Arc::clone(&shared);
+        async move {
+            let stream = TcpStream::connect(("127.0.0.1", ADMIN_PORT)).await?;
+            Ok::<_, io::Error>(TokioIo::new(shared.sockets.add(stream)))
+        }
+    };
+    let endpoint = tonic::transport::Endpoint::from_static("http://host-agent");
+    endpoint.connect_with_connector(tower::service_fn(connect)).await
+}
+
 /// What the administrator's listings show, once it is nothing, or will not be.
-async fn left(plan: &Plan) -> turmoil::Result<What> {
-    let channel = tonic::transport::Endpoint::from_static("http://host-agent")
-        .connect_with_connector(tower::service_fn(|_| async {
-            TcpStream::connect(("127.0.0.1", ADMIN_PORT)).await.map(TokioIo::new)
-        }))
-        .await?;
-    let mut admin = AdminServiceClient::new(channel);
+async fn left(shared: &Arc<Shared>) -> turmoil::Result<What> {
+    let plan = &shared.plan;
+    let mut admin = AdminServiceClient::new(administer(shared).await?);
     // A session that lost its stream is fenced when its lease is over.
-    let patience = plan.resolution_bound() + millis(50);
+    let patience = plan.resolution_bound() + plan.cut_off_bound() + millis(50);
     let mut waited = Duration::ZERO;
     loop {
         let left = count(&mut admin).await?;

@@ -23,8 +23,10 @@ pub const ALL: &[Check] = &[
     ("Contiguity", contiguity),
     ("TimeoutIsNotAck", timeout_is_not_ack),
     ("FenceIsPositive", fence_is_positive),
+    ("FenceReachesReuse", fence_reaches_reuse),
     ("Isolation", isolation),
     ("BoundedResolution", bounded_resolution),
+    ("QuarantineHasABudget", quarantine_has_a_budget),
     ("ResumeOrFlush", resume_or_flush),
     ("RestartGrace", restart_grace),
     ("NothingIsLeft", nothing_is_left),
@@ -284,21 +286,40 @@ pub fn timeout_is_not_ack(history: &History) -> Vec<Violation> {
     violations
 }
 
-/// A session is fenced only when its device's lease has ended on the device's own clock.
+/// A session is fenced only when its device is cut off, or, if it enforces its lease, when that has ended on the
+/// device's own clock.
 pub fn fence_is_positive(history: &History) -> Vec<Violation> {
     let early = history.resolved().filter(|(_, target, ..)| target.outcome == Outcome::Fenced);
     let early = early.filter_map(|(round, target, fenced, life)| {
-        let until = history.lease_at(life?, fenced)?;
-        (until > fenced).then(|| Violation {
-            invariant: "FenceIsPositive",
-            at: fenced,
-            what: format!(
-                "session {} was fenced in {:?}; its lease lasts until {until:?}",
-                target.session, round.op
-            ),
-        })
+        let life = life.filter(|life| !history.is_cut_off(*life, fenced))?;
+        let may = match history.lives[&life].cut_off_by {
+            None => history.lease_at(life, fenced).filter(|until| *until > fenced).map(Some)?,
+            Some(_) => None,
+        };
+        let session = target.session;
+        let why = match may {
+            Some(until) => format!("its lease lasts until {until:?}"),
+            None => "it enforces no lease, and nobody had cut it off".to_owned(),
+        };
+        let what = format!("session {session} was fenced in {:?}; {why}", round.op);
+        Some(Violation { invariant: "FenceIsPositive", at: fenced, what })
     });
     early.collect()
+}
+
+/// Nobody is served the bytes of a frame that was freed. Who holds one does not ack, so it can only be somebody whose
+/// session is over.
+pub fn fence_reaches_reuse(history: &History) -> Vec<Violation> {
+    let stale = history.reads.iter().filter(|read| read.times_freed != read.frame.generation);
+    let violations = stale.map(|read| Violation {
+        invariant: "FenceReachesReuse",
+        at: read.at,
+        what: format!(
+            "{:?} was served {:?}, which by then had been freed {} times",
+            read.life, read.frame, read.times_freed
+        ),
+    });
+    violations.collect()
 }
 
 /// A round is over when the last of its own targets is, whatever others wait for.
@@ -319,8 +340,10 @@ pub fn isolation(history: &History) -> Vec<Violation> {
     late.collect()
 }
 
-/// Every round ends within T_ack and a lease, as the host agent counts it.
+/// Every round ends within T_ack and a lease, as the host agent counts it. For a device that enforces none it ends
+/// when somebody has cut it off, and its caller is answered within T_ack + T_fence.
 pub fn bounded_resolution(history: &History) -> Vec<Violation> {
+    let bounds = history.bounds;
     let mut violations = Vec::new();
     for round in history.rounds.values() {
         let Some(dispatched) = round.dispatched() else { continue };
@@ -334,16 +357,82 @@ pub fn bounded_resolution(history: &History) -> Vec<Violation> {
             let went_on = other.quiesced().is_none_or(|(_, resolved)| resolved > dispatched);
             other.dispatched().is_some_and(|at| at <= dispatched) && went_on
         });
-        let turns = u32::try_from(ahead.count() / history.bounds.window).unwrap();
-        let bound = history.bounds.resolution + history.bounds.turn * turns;
-        if resolved > dispatched + bound {
-            let took = resolved - dispatched;
-            let what =
-                format!("{:?} was {unresolved}resolved after {took:?}, the bound being {bound:?}", round.op);
-            violations.push(Violation { invariant: "BoundedResolution", at: resolved, what });
+        let turns = u32::try_from(ahead.count() / bounds.window).unwrap();
+        let bound = bounds.resolution + bounds.turn * turns;
+        let mut late = |whom: &str, resolved: Duration, due: Duration| {
+            if resolved > due {
+                let (took, bound) = (resolved - dispatched, due - dispatched);
+                let what = format!(
+                    "{:?}{whom} was {unresolved}resolved after {took:?}, the bound being {bound:?}",
+                    round.op
+                );
+                violations.push(Violation { invariant: "BoundedResolution", at: resolved, what });
+            }
+        };
+        let targets = || round.last_targets().iter();
+        let unstoppable = |target: &&Target| history.cut_off_by(target.session).is_some();
+        if !targets().any(|target| unstoppable(&target)) {
+            late("", resolved, dispatched + bound);
+            continue;
         }
+        // Who was still waited for when the targets were named last: for how long is only known of the round.
+        let when = |target: &Target| target.resolved.or((!unresolved.is_empty()).then_some(resolved));
+        let others = targets().filter(|target| !unstoppable(target)).filter_map(when).max();
+        late(", as to those that enforce their lease,", others.unwrap_or(dispatched), dispatched + bound);
+        let (healed, cut_off) = bounds.cut_off;
+        late("", resolved, dispatched.max(healed) + bound + cut_off);
     }
+    violations.extend(answered_late(history));
     violations
+}
+
+/// A caller with no deadline of its own that waits for a device which nobody is certain to stop.
+fn answered_late(history: &History) -> impl Iterator<Item = Violation> {
+    let unlimited = history.rounds.values().filter(|round| round.patience == Patience::Unlimited);
+    unlimited.filter_map(|round| {
+        let (answered, answer) = round.answers.first()?;
+        let has_unstoppable =
+            answer.targets.iter().any(|target| history.cut_off_by(target.session).is_some());
+        // The release of an address space also waits for those who leave it.
+        let is_release = round.called == Called::Release && answer.verdict == Verdict::Quiesced;
+        let due = answer.dispatched + history.bounds.answer + STEP;
+        (has_unstoppable && !is_release && *answered > due).then(|| Violation {
+            invariant: "BoundedResolution",
+            at: *answered,
+            what: format!(
+                "the caller of {:?} was answered after {:?}",
+                round.op,
+                *answered - answer.dispatched
+            ),
+        })
+    })
+}
+
+/// While the budget is spent, no round opens whose pages come to the quarantine as well.
+pub fn quarantine_has_a_budget(history: &History) -> Vec<Violation> {
+    // From the answer that it is not quiesced until it is.
+    let parked = |round: &Round| {
+        let (at, answer) = round.answers.first()?;
+        let charged = matches!(round.called, Called::RangeStart | Called::Page | Called::ChangePte(_));
+        let until = round.quiesced().map_or(Duration::MAX, |(_, resolved)| resolved);
+        (charged && answer.verdict == Verdict::NotQuiesced).then_some((*at, until))
+    };
+    let pages = |round: &Round| round.pages.pages.end - round.pages.pages.start;
+    let too_many = history.rounds.values().filter_map(|round| {
+        let (at, _) = parked(round)?;
+        let opened = round.dispatched()?;
+        let before = history.rounds.values().filter(|other| {
+            other.host == round.host
+                && parked(other).is_some_and(|(from, until)| from < opened && opened < until)
+        });
+        let spent: u64 = before.map(pages).sum();
+        (spent >= history.bounds.quarantine_pages).then(|| Violation {
+            invariant: "QuarantineHasABudget",
+            at,
+            what: format!("{:?} was opened at {opened:?} and parked, when {spent} pages were", round.op),
+        })
+    });
+    too_many.collect()
 }
 
 /// A session that goes on has missed nothing; one that does not has flushed everything before its device is
@@ -409,13 +498,10 @@ fn installed_before(history: &History, used: &Use) -> Option<Duration> {
 
 /// After a crash nothing is released and nothing granted while a device may use what a run before granted.
 pub fn restart_grace(history: &History) -> Vec<Violation> {
-    // The sessions of earlier runs that hold a lease at the time.
+    // The sessions of earlier runs whose devices may go on at the time.
     let holds = |host: u64, at: Duration| {
         history.lives.iter().find(move |(name, life)| {
-            let opened = life.opened.is_some() && life.host < host;
-            opened
-                && history.lease_at(**name, at).is_some_and(|until| until > at)
-                && !history.has_ended(**name, at)
+            life.opened.is_some() && life.host < host && history.may_use(**name, at)
         })
     };
     let mut violations = Vec::new();
@@ -424,7 +510,7 @@ pub fn restart_grace(history: &History) -> Vec<Violation> {
         violations.extend(holds(round.host, resolved).map(|(holder, _)| Violation {
             invariant: "RestartGrace",
             at: resolved,
-            what: format!("{:?} is quiesced, and {holder:?} of a run before holds a lease", round.op),
+            what: format!("{:?} is quiesced, and {holder:?} of a run before may go on", round.op),
         }));
     }
     // What a notice replaces is no grant: as in any round, others may still have the page that was there.
@@ -434,10 +520,7 @@ pub fn restart_grace(history: &History) -> Vec<Violation> {
         violations.extend(holds(host, install.at).map(|(holder, _)| Violation {
             invariant: "RestartGrace",
             at: install.at,
-            what: format!(
-                "{:?} is granted a page, and {holder:?} of a run before holds a lease",
-                install.life
-            ),
+            what: format!("{:?} is granted a page, and {holder:?} of a run before may go on", install.life),
         }));
     }
     violations

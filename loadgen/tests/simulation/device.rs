@@ -9,15 +9,18 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use shootdown_client::{
     Access, AddressSpaceId, ChangePte, Clock, Connector, Device, DeviceConfig, DeviceId, Endpoint,
-    Incarnation, Mapping, SubscribeOptions, Subscription,
+    Enforcement, Incarnation, Mapping, PageClient, SubscribeError, SubscribeOptions, Subscription,
 };
+use shootdown_proto::error::Reason;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::virtual_now;
+use crate::content;
 use crate::cuttable::Cuttable;
+use crate::fabric::DeviceRun;
 use crate::memory::{PAGES, range_of};
-use crate::plan::{Broken, DevicePlan, Table, millis};
+use crate::plan::{Broken, DevicePlan, Reach, Table, millis};
 use crate::shared::{Shared, Stage};
 use crate::tlb::{SimTlb, Use};
 use crate::trace::{Frame, Life, What};
@@ -25,24 +28,39 @@ use crate::trace::{Frame, Life, What};
 /// Where the host agent listens for devices.
 pub const PORT: u16 = 7400;
 
+/// When a device whose accesses fail gives up.
+const NOTICED: Duration = millis(40);
+
+/// The longest use through a device that enforces no lease: longer than the longest lease.
+const LONG_USE: Duration = millis(300);
+
 /// The host agent's machine.
 pub const AGENT: &str = "agent";
 
 /// A device agent, from its start until it is stopped or crashes.
 pub async fn run(shared: Arc<Shared>, plan: DevicePlan) -> turmoil::Result {
-    let start = shared.start_of(plan.index);
+    let mut start = shared.start_of(plan.index);
     let mut rng = shared.rng(1000 + plan.index as u64 * 100 + start);
     let mut tries = 0;
     while !shared.is_past(Stage::Healed) {
+        let mut run = DeviceRun { device: plan.index, start };
+        if shared.fabric.is_cut_off(run) {
+            // Nothing that it does reaches the memory: it begins anew.
+            start = shared.start_of(plan.index);
+            run = DeviceRun { start, ..run };
+        }
         // A device agent that was left by its session goes on with the same incarnation.
         let incarnation = Incarnation::new(start).expect("starts are counted from 1");
         tries += 1;
         let life = shared.trace.next_life();
         shared.trace.record(What::Connecting { life, device: plan.index, start });
+        if let Some(cut_off_by) = shared.plan.cut_off_by(plan.index) {
+            shared.trace.record(What::EnforcesNoLease { life, cut_off_by });
+        }
         let seed = rng.random();
-        let tlb = Arc::new(SimTlb::new(Arc::clone(&shared), life, plan.clone(), seed));
+        let tlb = Arc::new(SimTlb::new(Arc::clone(&shared), life, run, plan.clone(), seed));
         match Device::connect(config(&shared, &plan, incarnation), tlb).await {
-            Ok(device) => Session { shared: &shared, plan: &plan, life, device }.live(&mut rng).await,
+            Ok(device) => Session { shared: &shared, plan: &plan, life, run, device }.live(&mut rng).await,
             Err(error) => {
                 let cause = format!("{}", Chain(&error));
                 shared.trace.record(What::Closed { life, cause });
@@ -62,10 +80,16 @@ fn config(shared: &Arc<Shared>, plan: &DevicePlan, incarnation: Incarnation) -> 
     config.window = plan.window;
     config.parallel_flushes = plan.parallel_flushes;
     config.change_pte = if plan.change_pte { ChangePte::Supported } else { ChangePte::Unsupported };
+    config.enforcement = plan.enforcement;
     config.lease_drift_ppm = shared.plan.terms.drift_ppm;
     config.lease_margin = Some(shared.plan.terms.margin);
     config.connect_timeout = millis(300);
-    config.keepalive = millis(80);
+    config.keepalive = match (plan.reach, plan.enforcement) {
+        // What it asked to read may come when its session has long been fenced.
+        (Reach::PageService, Enforcement::ByDevice) => millis(500),
+        // A lost connection of one whose lease fences nobody is found by this alone: there is no TCP keepalive here.
+        (Reach::Itself, _) | (_, Enforcement::ByNobody) => millis(80),
+    };
     config.busy_poll = Duration::ZERO;
     let (world, index) = (Arc::clone(shared), plan.index);
     config.connector = Connector::from_fn(move |endpoint| connect(endpoint, world.begin_connection(index)));
@@ -95,23 +119,32 @@ pub fn name(device: usize) -> String {
     format!("device-{device}")
 }
 
+/// The device whose machine that is.
+pub fn index(name: &str) -> usize {
+    name.strip_prefix("device-").and_then(|index| index.parse().ok()).expect("a name of a device's machine")
+}
+
 struct Session<'a> {
     shared: &'a Arc<Shared>,
     plan: &'a DevicePlan,
     life: Life,
+    run: DeviceRun,
     device: Device<SimTlb>,
 }
 
 impl Session<'_> {
     /// Until the session is lost, or the device leaves.
     async fn live(self, rng: &mut StdRng) {
-        let Self { shared, plan, life, device } = &self;
+        let Self { shared, plan, life, device, .. } = &self;
         let (session, host) = (device.session_id().get(), device.host_incarnation().get());
         shared.trace.record(What::Opened { life: *life, session, host });
         shared.watch_lease(*life, plan.clock, device.gate());
         let mut workers = JoinSet::new();
         for _ in 0..plan.workers {
-            let worker = Worker { device: device.clone(), rng: StdRng::seed_from_u64(rng.random()) };
+            let pages =
+                (plan.reach == Reach::PageService).then(|| device.pages().expect("it has an endpoint"));
+            let (patience, rng) = (shared.plan.terms.duration * 2, StdRng::seed_from_u64(rng.random()));
+            let worker = Worker { device: device.clone(), pages, patience, rng };
             workers.spawn(worker.run(DevicePlan::clone(plan), shared.plan.broken));
         }
         tokio::select! {
@@ -120,6 +153,7 @@ impl Session<'_> {
             _ = device.lost() => {}
             () = self.tell_resumes() => {}
             () = shared.until(Stage::Quiet) => {}
+            () = self.finds_itself_cut_off() => {}
             () = self.drive(rng) => {}
         }
         // What they use is used until here.
@@ -134,6 +168,12 @@ impl Session<'_> {
             self.device.resumed(count).await;
             self.shared.trace.record(What::Resumed { life: self.life });
         }
+    }
+
+    /// Its accesses fail; after a while it gives up.
+    async fn finds_itself_cut_off(&self) {
+        self.shared.fabric.until_cut_off(self.run).await;
+        tokio::time::sleep(NOTICED).await;
     }
 
     /// Subscribes to what there is, and leaves now and then. Returns when the device is to leave.
@@ -169,7 +209,13 @@ impl Session<'_> {
         self.shared.trace.record(What::Subscribing { life: self.life, space });
         let id = AddressSpaceId::new(space)?;
         let whole = [range_of(0..PAGES)];
-        let subscribed = self.device.subscribe(id, &whole, SubscribeOptions::default()).await.ok()?;
+        let asked = self.device.subscribe(id, &whole, SubscribeOptions::default()).await;
+        if let Err(SubscribeError::Refused(error)) = &asked
+            && error.reason == Reason::LeaseRequired
+        {
+            self.shared.trace.record(What::Barred { life: self.life, space });
+        }
+        let subscribed = asked.ok()?;
         self.shared.trace.record(What::Subscribed { life: self.life, space });
         Some(subscribed)
     }
@@ -186,6 +232,10 @@ const LONG_USES: u32 = 60;
 /// One of the device's engines.
 struct Worker {
     device: Device<SimTlb>,
+    /// What it reads through, if it does not reach the memory by itself.
+    pages: Option<PageClient>,
+    /// For how long it waits for what it reads: longer than for the end of its session.
+    patience: Duration,
     rng: StdRng,
 }
 
@@ -220,7 +270,15 @@ impl Worker {
             let mapping: &Mapping = &mappings[self.rng.random_range(0..mappings.len())];
             let Ok(guard) = mapping.begin_use() else { return };
             let (space, page) = (mapping.address_space().get(), mapping.range().start() >> 12);
-            let access = Use::begin(&tlb, space, page, Frame::of(guard.frame()));
+            if let Some(pages) = &self.pages {
+                let frame = Frame::of(guard.frame());
+                let guard = (broken != Broken::AckBeforeUsesEnded).then_some(guard);
+                content::read(&tlb, pages, frame, self.patience).await;
+                drop(guard);
+                tokio::time::sleep(millis(self.rng.random_range(0..4))).await;
+                continue;
+            }
+            let Some(access) = Use::begin(&tlb, space, page, Frame::of(guard.frame())) else { return };
             if self.rng.random_range(0..LONG_USES) == 0 {
                 let work = tokio::time::sleep(plan.long_use);
                 match broken {
@@ -259,7 +317,10 @@ impl Worker {
     }
 
     fn length(&mut self, plan: &DevicePlan) -> Duration {
-        self.rng.random_range(Duration::ZERO..=plan.most_use)
+        // What nobody stops may last longer than any lease.
+        let is_long = plan.enforcement == Enforcement::ByNobody && self.rng.random_ratio(1, 12);
+        let most = if is_long { LONG_USE } else { plan.most_use };
+        self.rng.random_range(Duration::ZERO..=most)
     }
 }
 

@@ -36,6 +36,8 @@ pub enum Fault {
     Hang(usize),
     /// The device's connections are lost, and it can connect again at once.
     Cut(usize),
+    /// All between the host agent and the fencer is lost.
+    FencerLost,
     /// Each message may break its connection for good, with every device.
     Loss,
     /// The host agent stops without a word, and the calls of its source with it; the kernel of its machine
@@ -104,12 +106,16 @@ impl Fault {
             | Self::Hold(device)
             | Self::Crash(device)
             | Self::PowerLoss(device) => Of::Link(device),
+            Self::FencerLost => Of::Link(FENCER),
             Self::Cut(_) => Of::Moment,
             Self::Loss | Self::AgentPowerLoss => Of::Network,
             Self::AgentCrash | Self::Handover => Of::Agent,
         }
     }
 }
+
+/// No device has that number.
+const FENCER: usize = usize::MAX;
 
 /// What a fault is of.
 #[derive(Clone, Copy)]

@@ -18,22 +18,26 @@ mod level;
 mod shared;
 mod sockets;
 mod agent;
+mod administrator;
 mod memory;
 mod source;
 mod device;
 mod cuttable;
+mod fabric;
+mod fencer;
+mod content;
 mod tlb;
 mod trace;
 mod oracle;
 mod checks;
 mod seeds;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use crate::oracle::Bounds;
-use crate::plan::{Broken, Plan};
-use crate::trace::{Event, What, fingerprint};
+use crate::plan::{Broken, Plan, millis};
+use crate::trace::{Event, Patience, Reply, Verdict, What, fingerprint};
 
 /// The seeds of every day, in four parts: a test is ended when it takes minutes, as all of them may on a
 /// machine that is busy with other things.
@@ -49,6 +53,7 @@ fn no_invariant_is_broken_whatever_goes_wrong() {
     let runs = seeds::on_all_cores(asked_for.clone().unwrap_or(SEEDS[0].clone()), |seed| {
         let run = world::run(Plan::draw(seed, Broken::Nothing));
         let mut kinds: BTreeSet<_> = run.events.iter().flat_map(kinds).collect();
+        kinds.extend(of_quarantine(&run.events));
         kinds.extend(goes_on_with_successor(&run.events).then(|| "Resumed by a successor".to_owned()));
         Some((seeds::failure(&run), kinds))
     });
@@ -120,6 +125,19 @@ const KINDS: &[&str] = &[
     "ClearYoung",
     "Release",
     "replaced",
+    "Barred",
+    "Read",
+    "refused SESSION_UNKNOWN",
+    "Confirmed by the fencer",
+    "ConfirmedLate by the fencer",
+    "WordLost by the fencer",
+    "not confirmed by the fencer",
+    "cut off by Fencer",
+    "cut off by Administrator",
+    "QuarantineFull",
+    "QuarantineFull to who cannot wait",
+    "held up by the quarantine",
+    "begin FencerLost",
     "begin Partition",
     "begin DeafDevice",
     "begin MuteDevice",
@@ -149,6 +167,28 @@ fn goes_on_with_successor(events: &[Event]) -> bool {
         .any(is(|what| matches!(what, What::Resumed { .. })))
 }
 
+/// Words for what the budget of the quarantine did to callers.
+fn of_quarantine(events: &[Event]) -> BTreeSet<String> {
+    let mut called = BTreeMap::new();
+    let words = events.iter().filter_map(|Event { at, what }| match what {
+        What::Call { op, patience, .. } => {
+            called.insert(*op, (*at, *patience));
+            None
+        }
+        What::Refused { op, error } if error.contains("are quarantined") => match called[op] {
+            (_, Patience::None) => Some("QuarantineFull to who cannot wait"),
+            _ => Some("QuarantineFull"),
+        },
+        // Nothing else keeps a call waiting before it opens its round: there are always places.
+        What::Answered { op, answer } if answer.dispatched > called[op].0 + millis(1) => {
+            (answer.seq.is_some() && answer.verdict != Verdict::WouldBlock)
+                .then_some("held up by the quarantine")
+        }
+        _ => None,
+    });
+    words.map(str::to_owned).collect()
+}
+
 /// Words for what an event shows.
 fn kinds(event: &Event) -> Vec<String> {
     let first_word = |text: String| text.split([' ', '(', '{']).next().unwrap().to_owned();
@@ -160,6 +200,12 @@ fn kinds(event: &Event) -> Vec<String> {
         What::Call { called, .. } => vec![first_word(format!("{called:?}"))],
         What::FlushBegan { scope, .. } => vec![first_word(format!("{scope:?}"))],
         What::Fault(text) => vec![text.split('(').next().unwrap().replace(" of", "")],
+        What::FencerAsked { reply: Reply::NotConfirmed | Reply::Unspecified | Reply::Failed, .. } => {
+            vec!["not confirmed by the fencer".to_owned()]
+        }
+        What::FencerAsked { reply, .. } => vec![format!("{reply:?} by the fencer")],
+        What::ReadRefused { reason, .. } => vec![format!("refused {reason}")],
+        What::CutOff { by, .. } => vec![format!("cut off by {by:?}")],
         What::Mapped { frame, .. } if frame.generation > 0 => vec!["replaced".to_owned()],
         other => vec![first_word(format!("{other:?}"))],
     }
@@ -179,6 +225,17 @@ fn clocks_that_drift_further_than_was_agreed_are_found() {
 fn a_source_that_takes_a_time_out_for_an_ack_is_found() {
     assert_eq!(found(Broken::ReleaseOnTimeout, "NoFreeBeforeQuiesce"), Ok(()));
     assert_eq!(found(Broken::ReleaseOnTimeout, "NoStaleUse"), Ok(()));
+}
+
+#[test]
+fn a_fencer_that_confirms_and_cuts_nobody_off_is_found() {
+    assert_eq!(found(Broken::FencerLies, "FenceIsPositive"), Ok(()));
+    assert_eq!(found(Broken::FencerLies, "NoStaleUse"), Ok(()));
+}
+
+#[test]
+fn a_host_agent_that_knows_no_budget_is_found() {
+    assert_eq!(found(Broken::NoBudget, "QuarantineHasABudget"), Ok(()));
 }
 
 #[test]

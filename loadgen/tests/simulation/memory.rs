@@ -11,8 +11,10 @@ use parking_lot::Mutex;
 use rand::RngExt as _;
 use rand::rngs::StdRng;
 use shootdown_core::{Access, AddrRange, AddressSpaceId, PageSize, Translation};
+use shootdown_server::source::memory::FrameStore;
 use shootdown_server::source::{FaultError, Translate};
 
+use crate::content;
 use crate::plan::millis;
 use crate::shared::Shared;
 use crate::trace::{Frame, Op, Trace, What};
@@ -34,6 +36,8 @@ pub struct Memory {
     /// Frames that are in no page table any more, and on whose behalf somebody asks the host agent; with their
     /// address spaces.
     asked_for: BTreeMap<Frame, u64>,
+    /// What the frames hold.
+    pub store: Arc<FrameStore>,
 }
 
 #[derive(Debug, Default)]
@@ -52,6 +56,7 @@ impl Default for Memory {
             free: (0..FRAMES as u64).collect(),
             spaces: BTreeMap::new(),
             asked_for: BTreeMap::new(),
+            store: content::fresh(),
         }
     }
 }
@@ -119,6 +124,7 @@ impl Memory {
             let generation = &mut self.generations[frame.index as usize];
             assert_eq!(*generation, frame.generation, "a frame is freed once");
             *generation += 1;
+            content::on_freed(&self.store, frame.index, *generation);
             self.free.push(frame.index);
             trace.record(What::Freed { op, frame });
         }

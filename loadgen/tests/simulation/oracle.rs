@@ -6,9 +6,9 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::checks;
-use crate::plan::Plan;
+use crate::plan::{Plan, STORM};
 use crate::trace::{
-    Answer, Called, Event, Frame, Life, Op, Pages, Patience, Scope, Span, Target, Verdict, What,
+    Answer, Called, CutOffBy, Event, Frame, Life, Op, Pages, Patience, Scope, Span, Target, Verdict, What,
 };
 
 /// Something that must not happen.
@@ -30,6 +30,13 @@ impl fmt::Display for Violation {
 pub struct Bounds {
     /// How long a round may take.
     pub resolution: Duration,
+    /// Within how long a caller is answered that waits for a device which is not certain to stop.
+    pub answer: Duration,
+    /// When every fault is over, and how much longer than that it may take until somebody has cut a device off that
+    /// enforces no lease.
+    pub cut_off: (Duration, Duration),
+    /// Pages that may be quarantined.
+    pub quarantine_pages: u64,
     /// By how much longer, for each round that waits for its turn behind a full window.
     pub turn: Duration,
     /// The smallest window of a device.
@@ -40,7 +47,14 @@ impl Bounds {
     pub fn of(plan: &Plan) -> Self {
         let windows = plan.devices.iter().map(|device| device.window.min(plan.window));
         let window = windows.min().unwrap_or(1) as usize;
-        Self { resolution: plan.resolution_bound(), turn: plan.host_clock.lasts(plan.ack_timeout), window }
+        Self {
+            resolution: plan.resolution_bound(),
+            answer: plan.answer_bound(),
+            cut_off: (STORM, plan.cut_off_bound()),
+            quarantine_pages: plan.quarantine_pages,
+            turn: plan.host_clock.lasts(plan.ack_timeout),
+            window,
+        }
     }
 }
 
@@ -59,8 +73,11 @@ pub struct History {
     pub flushes: BTreeMap<Span, Flush>,
     pub uses: BTreeMap<Span, Use>,
     pub installs: Vec<Install>,
+    pub reads: Vec<Read>,
     /// When each allocation of a frame was freed, and on the strength of what.
     pub freed: BTreeMap<Frame, (Duration, Op)>,
+    /// When a run of a device agent was cut off.
+    pub cut_off: BTreeMap<(usize, u64), Duration>,
     pub left: Option<(Duration, What)>,
     /// The incarnation of the host agent's last run.
     pub host: u64,
@@ -91,6 +108,8 @@ pub struct Round {
 pub struct LifeOf {
     pub device: usize,
     pub start: u64,
+    /// Who must cut its device off, if it does not stop when its lease is over.
+    pub cut_off_by: Option<CutOffBy>,
     pub session: Option<u64>,
     pub opened: Option<Duration>,
     pub resumed: Vec<Duration>,
@@ -132,6 +151,16 @@ pub struct Install {
     pub frame: Frame,
 }
 
+/// What the host agent served.
+#[derive(Debug)]
+pub struct Read {
+    /// When it came.
+    pub at: Duration,
+    pub life: Life,
+    pub frame: Frame,
+    pub times_freed: u64,
+}
+
 impl History {
     pub fn of(events: &[Event], bounds: Bounds) -> Self {
         let mut history = Self {
@@ -141,7 +170,9 @@ impl History {
             flushes: BTreeMap::new(),
             uses: BTreeMap::new(),
             installs: Vec::new(),
+            reads: Vec::new(),
             freed: BTreeMap::new(),
+            cut_off: BTreeMap::new(),
             left: None,
             host: 0,
             end: events.iter().map(|event| event.at).max().unwrap_or_default(),
@@ -155,6 +186,11 @@ impl History {
         match what.clone() {
             What::Mapped { .. } | What::Subscribed { .. } | What::Closed { .. } | What::Fault(_) => {}
             What::HandedOver => {}
+            What::Read { life, frame, times_freed } => self.reads.push(Read { at, life, frame, times_freed }),
+            What::ReadRefused { .. } => {}
+            What::FencerAsked { .. } | What::Barred { .. } => {}
+            What::EnforcesNoLease { life, cut_off_by } => self.life(life).cut_off_by = Some(cut_off_by),
+            What::CutOff { device, start, .. } => drop(self.cut_off.insert((device, start), at)),
             What::AgentStarted { incarnation } => self.host = incarnation,
             What::AgentCrashed => self.rounds.values_mut().for_each(|round| round.outlived_host = true),
             What::Call { op, called, pages, patience } => {
@@ -232,6 +268,28 @@ impl History {
                 && Some(flush.began) >= opened
                 && flush.ended.is_some_and(|ended| ended <= at)
         })
+    }
+
+    /// Whether the run of the device agent was cut off, until `at`.
+    pub fn is_cut_off(&self, life: Life, at: Duration) -> bool {
+        let life = &self.lives[&life];
+        self.cut_off.get(&(life.device, life.start)).is_some_and(|cut_off| *cut_off <= at)
+    }
+
+    /// Whether the device may use at `at` what it was granted in that session, for all that the host agent can know.
+    pub fn may_use(&self, life: Life, at: Duration) -> bool {
+        if self.has_ended(life, at) || self.is_cut_off(life, at) {
+            return false;
+        }
+        match self.lives[&life].cut_off_by {
+            None => self.lease_at(life, at).is_some_and(|until| until > at),
+            Some(_) => self.installs.iter().any(|install| install.life == life && install.at <= at),
+        }
+    }
+
+    /// Who must cut the session's device off, if it does not stop when its lease is over.
+    pub fn cut_off_by(&self, session: u64) -> Option<CutOffBy> {
+        self.lives[&self.life_of(session)?].cut_off_by
     }
 
     /// The life that a session is of.

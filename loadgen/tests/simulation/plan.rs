@@ -4,10 +4,15 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use shootdown_client::Enforcement;
 use shootdown_core::lease::LeaseTerms;
 
+use crate::administrator;
 use crate::clock::SkewedClock;
+use crate::content;
 use crate::faults::{self, Planned};
+use crate::fencer::{self, FencerPlan};
+use crate::trace::CutOffBy;
 
 /// How long things go wrong.
 pub const STORM: Duration = Duration::from_millis(700);
@@ -21,6 +26,9 @@ pub struct Plan {
     pub ack_timeout: Duration,
     pub window: u32,
     pub max_pending: usize,
+    /// Pages that may be quarantined.
+    pub quarantine_pages: u64,
+    pub fencer: Option<FencerPlan>,
     pub latency: Latency,
     pub devices: Vec<DevicePlan>,
     pub faults: Vec<Planned>,
@@ -45,7 +53,10 @@ pub struct DevicePlan {
     pub index: usize,
     pub clock: SkewedClock,
     pub table: Table,
+    pub reach: Reach,
     pub change_pte: bool,
+    /// Who stops it when its lease is over. Nobody: it goes on.
+    pub enforcement: Enforcement,
     pub window: u32,
     pub parallel_flushes: usize,
     /// A flush takes up to so long; zero: it is ready at once.
@@ -66,6 +77,15 @@ pub enum Table {
     Own,
 }
 
+/// How a device's uses reach the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// Nobody is asked any more.
+    Itself,
+    /// Through the host agent, which serves the bytes.
+    PageService,
+}
+
 /// What is broken on purpose: the oracle must notice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Broken {
@@ -76,6 +96,10 @@ pub enum Broken {
     ReleaseOnTimeout,
     /// A long use goes on past the lease.
     UseOutlastsLease,
+    /// The fencer confirms, and cuts nobody off.
+    FencerLies,
+    /// The host agent is told of no budget.
+    NoBudget,
     /// A flush does not wait for the uses that are going on.
     AckBeforeUsesEnded,
     /// The host agent's state directory is emptied before it starts again.
@@ -119,19 +143,50 @@ impl Plan {
             DevicePlan::draw(index, clock, &terms, ack_timeout, &mut rng)
         });
         let devices: Vec<_> = devices.collect();
-        Self {
+        let mut plan = Self {
             seed,
             host_clock,
             terms,
             ack_timeout,
             window: [2, 8, 64][rng.random_range(0..3)],
             max_pending: [2, 16, 1024][rng.random_range(0..3)],
+            quarantine_pages: u64::MAX,
+            fencer: None,
             latency,
             faults: faults::draw(devices.len(), &terms, &mut rng),
             devices,
             call_every: millis(rng.random_range(4..20)),
             broken,
+        };
+        fencer::vary(&mut plan);
+        content::vary(&mut plan);
+        plan
+    }
+
+    /// Who must cut a device off that does not stop by itself.
+    pub fn cut_off_by(&self, device: usize) -> Option<CutOffBy> {
+        let has_fencer = self.fencer.as_ref().is_some_and(|fencer| fencer.devices.contains(&device));
+        match self.devices[device].enforcement {
+            Enforcement::ByDevice => None,
+            Enforcement::ByNobody if has_fencer => Some(CutOffBy::Fencer),
+            Enforcement::ByNobody => Some(CutOffBy::Administrator),
         }
+    }
+
+    /// How long it takes at most, when all else is well, until somebody has cut such a device off.
+    pub fn cut_off_bound(&self) -> Duration {
+        let bound = |device: &DevicePlan| match self.cut_off_by(device.index) {
+            None => Duration::ZERO,
+            Some(CutOffBy::Fencer) => self.fencer.as_ref().map_or(Duration::ZERO, FencerPlan::patience),
+            Some(CutOffBy::Administrator) => administrator::PATIENCE,
+        };
+        self.devices.iter().map(bound).max().unwrap_or_default()
+    }
+
+    /// Within how long a caller is answered that waits for a device which nobody is certain to stop.
+    pub fn answer_bound(&self) -> Duration {
+        let attempt = self.fencer.as_ref().map_or(Duration::ZERO, |fencer| fencer.time_limit);
+        self.ack_timeout + self.terms.host_duration().max(attempt)
     }
 
     /// How long a round may take: its notice is overdue after T_ack, and the lease, which is not renewed
@@ -164,7 +219,9 @@ impl DevicePlan {
             index,
             clock,
             table: if rng.random_bool(0.5) { Table::Sdk } else { Table::Own },
+            reach: Reach::Itself,
             change_pte: rng.random_bool(0.5),
+            enforcement: Enforcement::ByDevice,
             window: [1, 4, 1024][rng.random_range(0..3)],
             parallel_flushes: [1, 4, 64][rng.random_range(0..3)],
             flush,

@@ -1,6 +1,6 @@
 //! What the actors of one world share besides the network: the world is one process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use parking_lot::Mutex;
 use rand::SeedableRng as _;
@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::SkewedClock;
+use crate::fabric::Fabric;
 use crate::level::Level;
 use crate::memory::Memory;
 use crate::plan::Plan;
@@ -23,6 +24,10 @@ pub struct Shared {
     pub plan: Plan,
     pub trace: Trace,
     pub memory: Mutex<Memory>,
+    pub fabric: Fabric,
+    /// Address spaces that admit devices which nobody can stop.
+    pub lenient: Mutex<BTreeSet<u64>>,
+    registered: Mutex<u64>,
     /// By device: whether its flushes hang.
     pub hangs: Vec<Level<bool>>,
     pub stage: Level<Stage>,
@@ -78,6 +83,9 @@ impl Shared {
         Self {
             trace: Trace::default(),
             memory: Mutex::default(),
+            fabric: Fabric::default(),
+            lenient: Mutex::default(),
+            registered: Mutex::default(),
             hangs: (0..devices).map(|_| Level::new(false)).collect(),
             stage: Level::new(Stage::Storm),
             stopped: Level::new(0),
@@ -114,6 +122,13 @@ impl Shared {
         let mut runs = self.runs.lock();
         *runs += 1;
         *runs
+    }
+
+    /// Whether the address space that is registered next is one of those: every second is.
+    pub fn next_is_lenient(&self) -> bool {
+        let mut registered = self.registered.lock();
+        *registered += 1;
+        *registered % 2 == 1
     }
 
     /// The device makes a connection; cancelled when it is lost.

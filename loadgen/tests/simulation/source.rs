@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use crate::memory::{PAGES, Tables, range_of};
 use crate::plan::{Broken, millis};
 use crate::shared::{Shared, Stage};
-use crate::trace::{Answer, Called, Frame, Op, Outcome, Pages, Patience, Target, Verdict, What};
+use crate::trace::{Answer, Called, CutOffBy, Frame, Op, Outcome, Pages, Patience, Target, Verdict, What};
 
 /// Address spaces at a time.
 const SPACES: usize = 2;
@@ -57,7 +57,8 @@ impl Source {
     pub async fn run(self) -> Ended {
         let known = self.shared.memory.lock().live_spaces();
         for space in &known {
-            let taken_back = self.host.take_back(id(*space), "simulated", self.tables(), Strictness::Strict);
+            let strictness = self.strictness(*space);
+            let taken_back = self.host.take_back(id(*space), "simulated", self.tables(), strictness);
             taken_back.expect("nobody else has it");
         }
         for _ in known.len()..SPACES {
@@ -99,8 +100,25 @@ impl Source {
     }
 
     fn register(&self) {
-        let id = self.host.register("simulated", self.tables()).expect("there is room for it");
-        self.shared.memory.lock().add_space(id.get());
+        // Each second one admits everybody, where there is anybody who would not be admitted.
+        let has_unstoppable = self
+            .shared
+            .plan
+            .devices
+            .iter()
+            .any(|device| self.shared.plan.cut_off_by(device.index) == Some(CutOffBy::Administrator));
+        let is_lenient = has_unstoppable && self.shared.next_is_lenient();
+        let strictness = if is_lenient { Strictness::Lenient } else { Strictness::Strict };
+        let registered = self.host.register_address_space("simulated", self.tables(), strictness);
+        let id = registered.expect("there is room for it").get();
+        if is_lenient {
+            self.shared.lenient.lock().insert(id);
+        }
+        self.shared.memory.lock().add_space(id);
+    }
+
+    fn strictness(&self, space: u64) -> Strictness {
+        if self.shared.lenient.lock().contains(&space) { Strictness::Lenient } else { Strictness::Strict }
     }
 
     fn tables(&self) -> Arc<Tables> {
@@ -239,7 +257,7 @@ impl Source {
     async fn release(&self, space: u64) {
         let op = self.begin(space, 0..PAGES, Called::Release, Wait::ForTargets);
         if let Ok(result) = self.note(op, self.host.release(id(space)).await)
-            && result.is_quiesced()
+            && self.wait_on(op, space, result).await
         {
             self.shared.memory.lock().release(op, space, &self.shared.trace);
             if !self.is_asked_to_stop() {

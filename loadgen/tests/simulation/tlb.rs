@@ -5,9 +5,12 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use shootdown_client::{CommitTicket, DeviceTlb, FlushAllCause, Flushed, Gate, Invalidation, Mapping, Young};
+use shootdown_client::{
+    CommitTicket, DeviceTlb, Enforcement, FlushAllCause, Flushed, Gate, Invalidation, Mapping, Young,
+};
 use tokio::sync::Notify;
 
+use crate::fabric::DeviceRun;
 use crate::memory::pages_of;
 use crate::plan::{Broken, DevicePlan, Table};
 use crate::shared::Shared;
@@ -17,6 +20,7 @@ use crate::trace::{Frame, Life, Pages, Scope, Span, What};
 pub struct SimTlb {
     shared: Arc<Shared>,
     life: Life,
+    run: DeviceRun,
     plan: DevicePlan,
     table: Mutex<Own>,
     /// How often its device had connected before.
@@ -44,13 +48,14 @@ pub struct Entry {
 }
 
 impl SimTlb {
-    pub fn new(shared: Arc<Shared>, life: Life, plan: DevicePlan, seed: u64) -> Self {
+    pub fn new(shared: Arc<Shared>, life: Life, run: DeviceRun, plan: DevicePlan, seed: u64) -> Self {
         let entries = shared.kept.lock().remove(&plan.index).unwrap_or_default();
         let connections_before = shared.connections_of(plan.index);
         Self {
             shared,
             connections_before,
             life,
+            run,
             plan,
             table: Mutex::new(Own { entries, uses: Vec::new() }),
             use_ended: Notify::new(),
@@ -58,6 +63,10 @@ impl SimTlb {
             subscribed: Mutex::default(),
             replacements: Mutex::default(),
         }
+    }
+
+    pub fn tell(&self, what: impl FnOnce(Life) -> What) {
+        self.shared.trace.record(what(self.life));
     }
 
     /// A translation is in the SDK's table.
@@ -83,9 +92,11 @@ impl SimTlb {
     /// Uses a translation of the device's own table, if it has one and may.
     pub fn begin_use(self: &Arc<Self>, gate: &Gate, space: u64, page: u64) -> Option<Use> {
         let mut table = self.table.lock();
-        gate.check().ok()?;
+        if self.plan.enforcement == Enforcement::ByDevice {
+            gate.check().ok()?;
+        }
         let entry = *table.entries.iter().find(|entry| (entry.space, entry.page) == (space, page))?;
-        let begun = Use::begin(self, space, page, entry.frame);
+        let begun = Use::begin(self, space, page, entry.frame)?;
         table.uses.push((begun.span, entry));
         Some(begun)
     }
@@ -108,12 +119,19 @@ impl SimTlb {
             Scope::Pages(pages) => pages.holds(entry.space, entry.page),
             Scope::Everything | Scope::EverythingOfTheSession => true,
         };
+        // Hardware that nobody stops goes on until it has come to the flush.
+        let goes_on = self.plan.enforcement == Enforcement::ByNobody;
+        if goes_on {
+            self.take_time().await;
+        }
         let open: Vec<Span> = {
             let mut table = self.table.lock();
             table.entries.retain(|entry| !covered(entry));
             table.uses.iter().filter(|(_, entry)| covered(entry)).map(|(span, _)| *span).collect()
         };
-        self.take_time().await;
+        if !goes_on {
+            self.take_time().await;
+        }
         if self.shared.plan.broken != Broken::AckBeforeUsesEnded {
             self.until_ended(&open).await;
         }
@@ -213,16 +231,18 @@ pub struct Use {
 }
 
 impl Use {
-    pub fn begin(tlb: &Arc<SimTlb>, space: u64, page: u64, frame: Frame) -> Self {
-        let span = tlb.shared.trace.next_span();
-        tlb.shared.trace.record(What::UseBegan { life: tlb.life, span, space, page, frame });
-        Self { tlb: Arc::clone(tlb), span }
+    /// `None`: the device is cut off.
+    pub fn begin(tlb: &Arc<SimTlb>, space: u64, page: u64, frame: Frame) -> Option<Self> {
+        let trace = &tlb.shared.trace;
+        let span = trace.next_span();
+        let begun = || trace.record(What::UseBegan { life: tlb.life, span, space, page, frame });
+        tlb.shared.fabric.begin(tlb.run, span, begun).then(|| Self { tlb: Arc::clone(tlb), span })
     }
 }
 
 impl Drop for Use {
     fn drop(&mut self) {
-        self.tlb.shared.trace.record(What::UseEnded { span: self.span });
+        self.tlb.shared.fabric.end(self.span, &self.tlb.shared.trace);
         self.tlb.table.lock().uses.retain(|(span, _)| *span != self.span);
         self.tlb.use_ended.notify_waiters();
     }

@@ -95,6 +95,28 @@ pub struct Answer {
     pub resolved: Option<Duration>,
 }
 
+/// Who cuts a device off that does not stop when its lease is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CutOffBy {
+    Fencer,
+    /// By hand: there is no fencer for it.
+    Administrator,
+}
+
+/// What a fencer does when it is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reply {
+    /// It has cut the device off, and says so.
+    Confirmed,
+    /// It does so when nobody waits for it any more.
+    ConfirmedLate,
+    /// It has cut the device off, and says that something went wrong.
+    WordLost,
+    NotConfirmed,
+    Unspecified,
+    Failed,
+}
+
 /// What a device flushes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Scope {
@@ -150,6 +172,11 @@ pub enum What {
         /// Which start of the device agent: what an earlier one held is gone with it.
         start: u64,
     },
+    /// Its device goes on when its lease is over, until somebody cuts it off.
+    EnforcesNoLease {
+        life: Life,
+        cut_off_by: CutOffBy,
+    },
     Opened {
         life: Life,
         session: u64,
@@ -170,6 +197,11 @@ pub enum What {
         space: u64,
     },
     Subscribed {
+        life: Life,
+        space: u64,
+    },
+    /// It was refused: nobody could stop the device.
+    Barred {
         life: Life,
         space: u64,
     },
@@ -203,6 +235,18 @@ pub enum What {
     UseEnded {
         span: Span,
     },
+    /// The host agent served a frame's bytes, which say how often it had been freed by then.
+    Read {
+        life: Life,
+        frame: Frame,
+        times_freed: u64,
+    },
+    /// It did not.
+    ReadRefused {
+        life: Life,
+        frame: Frame,
+        reason: String,
+    },
     Closed {
         life: Life,
         cause: String,
@@ -217,6 +261,19 @@ pub enum What {
     AgentCrashed,
     /// It has stopped as planned: its successor goes on with its sessions.
     HandedOver,
+
+    // The path from the devices to the memory.
+    FencerAsked {
+        device: usize,
+        start: u64,
+        reply: Reply,
+    },
+    /// Nothing of this run of the device agent reaches the memory any more.
+    CutOff {
+        device: usize,
+        start: u64,
+        by: CutOffBy,
+    },
 
     // The world.
     Fault(String),

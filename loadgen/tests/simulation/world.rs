@@ -9,6 +9,7 @@ use crate::agent;
 use crate::clock;
 use crate::device::{self, AGENT};
 use crate::faults::{Fault, Planned};
+use crate::fencer::{self, FENCER};
 use crate::plan::{Plan, STORM, millis};
 use crate::shared::{Shared, Stage};
 use crate::trace::{Event, What};
@@ -35,7 +36,7 @@ pub fn run(plan: Plan) -> Run {
     let mut sim = build(&shared);
     let mut weather = Weather::new(&shared);
     // The bound of the last rounds and sessions, and a device that waits for the host agent to hang up.
-    let longest = STORM + RECOVERY + 3 * plan.resolution_bound() + millis(3000);
+    let longest = STORM + RECOVERY + 3 * (plan.resolution_bound() + plan.cut_off_bound()) + millis(3000);
     let broke = loop {
         let now = sim.elapsed();
         clock::world_is_at(now);
@@ -74,6 +75,10 @@ fn build<'a>(shared: &Arc<Shared>) -> Sim<'a> {
     for device in plan.devices.clone() {
         let world = Arc::clone(shared);
         sim.host(device::name(device.index), move || device::run(Arc::clone(&world), device.clone()));
+    }
+    if plan.fencer.is_some() {
+        let world = Arc::clone(shared);
+        sim.host(FENCER, move || fencer::run(Arc::clone(&world)));
     }
     sim
 }
@@ -175,8 +180,10 @@ impl<'a> Weather<'a> {
         self.shared.kills.change(|kills| *kills += 1);
     }
 
-    fn each_device(&self) -> impl Iterator<Item = String> {
-        self.shared.plan.devices.iter().map(|device| device::name(device.index))
+    /// Each device's machine, and the fencer's: whatever the host agent is connected with.
+    fn each_peer(&self) -> impl Iterator<Item = String> {
+        let devices = self.shared.plan.devices.iter().map(|device| device::name(device.index));
+        devices.chain(self.shared.plan.fencer.iter().map(|_| FENCER.to_owned()))
     }
 
     fn tell(&self, what: &str, fault: Fault) {
@@ -196,10 +203,11 @@ impl<'a> Weather<'a> {
             }
             Fault::Hang(device) => self.shared.hangs[device].change(|hangs| *hangs = true),
             Fault::Cut(device) => self.shared.cut(device),
+            Fault::FencerLost => sim.partition(AGENT, FENCER),
             Fault::Loss => sim.set_fail_rate(LOSS),
             Fault::AgentCrash => self.kill_agent(),
             Fault::AgentPowerLoss => {
-                self.each_device().for_each(|device| sim.partition(AGENT, device));
+                self.each_peer().for_each(|device| sim.partition(AGENT, device));
                 self.kill_agent();
             }
             Fault::Handover => self.shared.handovers_asked.change(|asked| *asked += 1),
@@ -222,15 +230,16 @@ impl<'a> Weather<'a> {
                 sim.bounce(device::name(device));
             }
             Fault::Hang(device) => self.shared.hangs[device].change(|hangs| *hangs = false),
+            Fault::FencerLost => sim.repair(AGENT, FENCER),
             Fault::Cut(_) => {}
             Fault::Loss => {
                 sim.set_fail_rate(0.0);
                 // What it broke and no message has repaired yet.
-                self.each_device().for_each(|device| sim.repair(AGENT, device));
+                self.each_peer().for_each(|device| sim.repair(AGENT, device));
             }
             Fault::AgentCrash | Fault::Handover => self.restart_agent(sim),
             Fault::AgentPowerLoss => {
-                self.each_device().for_each(|device| sim.repair(AGENT, device));
+                self.each_peer().for_each(|device| sim.repair(AGENT, device));
                 self.restart_agent(sim);
             }
         }

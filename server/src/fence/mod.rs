@@ -31,6 +31,7 @@ use shootdown_core::{DeviceId, Epoch, Incarnation, SessionId};
 use shootdown_proto::v1;
 use tokio::sync::Semaphore;
 
+use crate::embed;
 use crate::host::Host;
 use crate::listen::ListenAddr;
 use crate::session::SessionHandle;
@@ -63,6 +64,8 @@ pub enum Fencer {
     Command(PathBuf),
     /// A `FencerService`: the outcome CONFIRMED does.
     Service(ListenAddr),
+    /// The same, over connections of the program that the host agent is part of.
+    Embedded(embed::FencerConnector),
 }
 
 /// A device's name in which each `*` stands for any text, the empty one too.
@@ -223,7 +226,8 @@ impl Fencer {
     async fn fence(&self, subject: &Subject, limit: Duration) -> Result<Confirmed, NotConfirmed> {
         match self {
             Self::Command(program) => command::fence(program, subject, limit).await,
-            Self::Service(address) => service::fence(address, subject, limit).await,
+            Self::Service(address) => service::fence(service::connect(address), subject, limit).await,
+            Self::Embedded(connector) => service::fence(connector.connect(), subject, limit).await,
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Each attempt has a connection of its own: they are seldom, and one that was opened when all was well says
 //! nothing about the way now.
 
+use std::future::Future;
 use std::time::Duration;
 
 use shootdown_proto::v1;
@@ -12,12 +13,13 @@ use tonic::transport::{Channel, Endpoint};
 use super::{Confirmed, NotConfirmed, Subject};
 use crate::listen::ListenAddr;
 
+/// One attempt, over the connection that `connecting` makes; its time is part of the limit.
 pub(super) async fn fence(
-    address: &ListenAddr,
+    connecting: impl Future<Output = Result<Channel, tonic::transport::Error>>,
     subject: &Subject,
     limit: Duration,
 ) -> Result<Confirmed, NotConfirmed> {
-    let asked = tokio::time::timeout(limit, ask(address, subject)).await;
+    let asked = tokio::time::timeout(limit, ask(connecting, subject)).await;
     match asked.map_err(|_| NotConfirmed::TimeLimit(limit))?? {
         v1::FenceOutcome::Confirmed => Ok(Confirmed(())),
         other @ (v1::FenceOutcome::Unspecified | v1::FenceOutcome::NotConfirmed) => {
@@ -26,8 +28,11 @@ pub(super) async fn fence(
     }
 }
 
-async fn ask(address: &ListenAddr, subject: &Subject) -> Result<v1::FenceOutcome, NotConfirmed> {
-    let channel = connect(address).await.map_err(NotConfirmed::Unreachable)?;
+async fn ask(
+    connecting: impl Future<Output = Result<Channel, tonic::transport::Error>>,
+    subject: &Subject,
+) -> Result<v1::FenceOutcome, NotConfirmed> {
+    let channel = connecting.await.map_err(NotConfirmed::Unreachable)?;
     let request = v1::FenceRequest {
         device_id: subject.device.as_str().to_owned(),
         device_incarnation: subject.device_incarnation.get(),
@@ -40,7 +45,7 @@ async fn ask(address: &ListenAddr, subject: &Subject) -> Result<v1::FenceOutcome
     answer.map(|answer| answer.into_inner().outcome()).map_err(|status| NotConfirmed::Call(Box::new(status)))
 }
 
-async fn connect(address: &ListenAddr) -> Result<Channel, tonic::transport::Error> {
+pub(super) async fn connect(address: &ListenAddr) -> Result<Channel, tonic::transport::Error> {
     let uri = match address {
         ListenAddr::Tcp(address) => format!("http://{address}"),
         ListenAddr::Unix(path) => format!("unix:{}", path.display()),

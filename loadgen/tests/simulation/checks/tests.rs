@@ -3,10 +3,16 @@
 
 use super::*;
 use crate::oracle::{Bounds, check};
-use crate::trace::{Answer, Event, Frame, Op, Pages, Span};
+use crate::trace::{Answer, CutOffBy, Event, Frame, Op, Pages, Span};
 
-const BOUNDS: Bounds =
-    Bounds { resolution: Duration::from_millis(100), turn: Duration::from_millis(10), window: 64 };
+const BOUNDS: Bounds = Bounds {
+    resolution: Duration::from_millis(100),
+    answer: Duration::from_millis(60),
+    cut_off: (Duration::from_millis(50), Duration::from_millis(30)),
+    quarantine_pages: 2,
+    turn: Duration::from_millis(10),
+    window: 64,
+};
 const FRAME: Frame = Frame { index: 3, generation: 0 };
 const OP: Op = Op(1);
 const LIFE: Life = Life(1);
@@ -239,6 +245,39 @@ fn fence_is_positive_finds_a_fence_within_the_lease() {
     assert_eq!(finds("FenceIsPositive", &plus(fenced, [over])), 0);
 }
 
+/// The good trace, in which the device enforces no lease.
+fn unstoppable(cut_off_by: CutOffBy) -> Event {
+    at(0, What::EnforcesNoLease { life: LIFE, cut_off_by })
+}
+
+fn cut_off(millis: u64, start: u64) -> Event {
+    at(millis, What::CutOff { device: 0, start, by: CutOffBy::Fencer })
+}
+
+#[test]
+fn fence_is_positive_finds_a_fence_of_who_enforces_no_lease_and_was_not_cut_off() {
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let fenced = || with(is_answer, vec![answered(15, Verdict::Quiesced, Outcome::Fenced)]);
+    let over = || at(9, What::Lease { life: LIFE, until: Some(Duration::from_millis(10)) });
+    let unenforced = || plus(fenced(), [unstoppable(CutOffBy::Fencer), over()]);
+    assert_eq!(finds("FenceIsPositive", &unenforced()), 1, "its lease says nothing");
+    assert_eq!(finds("FenceIsPositive", &plus(unenforced(), [cut_off(15, 1)])), 0);
+    assert_eq!(finds("FenceIsPositive", &plus(unenforced(), [cut_off(16, 1)])), 1, "that was too late");
+    assert_eq!(finds("FenceIsPositive", &plus(unenforced(), [cut_off(9, 2)])), 1, "another run was");
+    assert_eq!(
+        finds("FenceIsPositive", &plus(fenced(), [cut_off(15, 1)])),
+        0,
+        "within its lease, by a fencer"
+    );
+}
+
+#[test]
+fn fence_reaches_reuse_finds_bytes_of_a_frame_that_was_freed() {
+    let read = |times_freed| plus(good(), [at(20, What::Read { life: LIFE, frame: FRAME, times_freed })]);
+    assert_eq!(finds("FenceReachesReuse", &read(1)), 1);
+    assert_eq!(finds("FenceReachesReuse", &read(0)), 0, "it was read before, and came late");
+}
+
 #[test]
 fn isolation_finds_an_answer_that_waited_for_others() {
     let is_answer = |what: &What| matches!(what, What::Answered { .. });
@@ -257,6 +296,106 @@ fn bounded_resolution_finds_a_round_that_lasts_too_long_or_for_ever() {
     let timed_out =
         vec![answered(15, Verdict::NotQuiesced, Outcome::Waiting), at(200, What::Fault(String::new()))];
     assert_eq!(finds("BoundedResolution", &with(is_answer, timed_out)), 1, "nobody heard of it again");
+}
+
+#[test]
+fn bounded_resolution_finds_who_is_not_cut_off_when_all_is_well() {
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let resolved = |millis: u64| {
+        let moment = Some(Duration::from_millis(millis));
+        let target = Target { session: 1, outcome: Outcome::Fenced, resolved: moment };
+        let answer =
+            Answer { targets: vec![target], resolved: moment, ..answer(Verdict::Quiesced, Outcome::Fenced) };
+        let first = answered(60, Verdict::NotQuiesced, Outcome::Waiting);
+        let waits = with(is_answer, vec![first, at(millis, What::Answered { op: OP, answer })]);
+        plus(waits, [unstoppable(CutOffBy::Fencer)])
+    };
+    // The faults are over at 50, the round may take 100, and to cut the device off 30.
+    assert_eq!(finds("BoundedResolution", &resolved(180)), 0);
+    assert_eq!(finds("BoundedResolution", &resolved(181)), 1);
+}
+
+#[test]
+fn bounded_resolution_finds_who_enforces_its_lease_and_took_as_long_as_who_does_not() {
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let other = Life(2);
+    let resolved = |millis: u64| {
+        let target = |session, millis| Target {
+            session,
+            outcome: Outcome::Fenced,
+            resolved: Some(Duration::from_millis(millis)),
+        };
+        let answer = Answer {
+            targets: vec![target(1, 170), target(2, millis)],
+            resolved: Some(Duration::from_millis(170)),
+            ..answer(Verdict::Quiesced, Outcome::Fenced)
+        };
+        let first = answered(60, Verdict::NotQuiesced, Outcome::Waiting);
+        let waits = with(is_answer, vec![first, at(170, What::Answered { op: OP, answer })]);
+        plus(
+            waits,
+            [
+                unstoppable(CutOffBy::Fencer),
+                at(0, What::Connecting { life: other, device: 1, start: 1 }),
+                at(1, What::Opened { life: other, session: 2, host: 1 }),
+            ],
+        )
+    };
+    assert_eq!(finds("BoundedResolution", &resolved(110)), 0);
+    assert_eq!(finds("BoundedResolution", &resolved(111)), 1);
+}
+
+#[test]
+fn bounded_resolution_finds_a_caller_who_waits_for_ever_for_who_enforces_no_lease() {
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let first = |millis| {
+        let answers = [
+            answered(millis, Verdict::NotQuiesced, Outcome::Waiting),
+            answered(90, Verdict::Quiesced, Outcome::Acked),
+        ];
+        plus(with(is_answer, answers.to_vec()), [unstoppable(CutOffBy::Administrator)])
+    };
+    assert_eq!(finds("BoundedResolution", &first(72)), 0);
+    assert_eq!(finds("BoundedResolution", &first(73)), 1);
+}
+
+/// The good trace, and a second caller whose call at 12 is not quiesced either before 40, with `called` for the first.
+fn two_parked(called: Called, opened: u64) -> Vec<Event> {
+    let is_first = |what: &What| matches!(what, What::Answered { .. } | What::Call { .. });
+    let pages = |start| Pages { space: 1, pages: start..start + 2 };
+    let patience = Patience::AtMost(Duration::from_millis(1));
+    let later = |op, dispatched: u64, answered: u64| {
+        let parked = Answer {
+            dispatched: Duration::from_millis(dispatched),
+            ..answer(Verdict::NotQuiesced, Outcome::Waiting)
+        };
+        let moment = Some(Duration::from_millis(40));
+        let target = Target { session: 1, outcome: Outcome::Acked, resolved: moment };
+        let over =
+            Answer { verdict: Verdict::Quiesced, targets: vec![target], resolved: moment, ..parked.clone() };
+        [at(answered, What::Answered { op, answer: parked }), at(40, What::Answered { op, answer: over })]
+    };
+    let op = Op(2);
+    let events = with(is_first, vec![at(10, What::Call { op: OP, called, pages: pages(0), patience })]);
+    let second = at(12, What::Call { op, called: Called::Page, pages: pages(2), patience });
+    plus(plus(plus(events, [second]), later(OP, 10, 14)), later(op, opened, opened + 1))
+}
+
+#[test]
+fn quarantine_has_a_budget_finds_a_round_that_opens_when_it_is_spent() {
+    let check = "QuarantineHasABudget";
+    assert_eq!(finds(check, &good()), 0);
+    assert_eq!(finds(check, &two_parked(Called::RangeStart, 20)), 1);
+    assert_eq!(finds(check, &two_parked(Called::RangeStart, 13)), 0, "the first was not parked yet");
+    assert_eq!(finds(check, &two_parked(Called::RangeStart, 41)), 0, "the first is not parked any more");
+    assert_eq!(finds(check, &two_parked(Called::Release, 20)), 0, "a release is not charged");
+    let crashed = [at(17, What::AgentCrashed), at(18, What::AgentStarted { incarnation: 2 })];
+    let (op, called, patience) = (Op(2), Called::Page, Patience::Unlimited);
+    let mut events = plus(two_parked(Called::RangeStart, 20), crashed);
+    events.retain(|event| !matches!(event.what, What::Call { op: Op(2), .. }));
+    let pages = Pages { space: 1, pages: 2..4 };
+    let events = plus(events, [at(19, What::Call { op, called, pages, patience })]);
+    assert_eq!(finds(check, &events), 0, "what was parked before the crash is not counted");
 }
 
 #[test]
@@ -329,6 +468,18 @@ fn restart_grace_finds_a_grant_while_a_device_of_the_run_before_has_a_lease() {
     assert_eq!(finds("RestartGrace", &plus(another(), [over])), 0);
     let flushed = flush(20, 21, 8, Scope::EverythingOfTheSession, None);
     assert_eq!(finds("RestartGrace", &plus(another(), flushed)), 0);
+}
+
+#[test]
+fn restart_grace_finds_a_grant_while_a_device_of_the_run_before_goes_on_without_a_lease() {
+    let over = at(18, What::Lease { life: LIFE, until: Some(Duration::from_millis(25)) });
+    let another = || plus(and_another_session(2), [unstoppable(CutOffBy::Administrator), over.clone()]);
+    assert_eq!(finds("RestartGrace", &another()), 1);
+    assert_eq!(finds("RestartGrace", &plus(another(), [cut_off(24, 1)])), 0);
+    assert_eq!(finds("RestartGrace", &plus(another(), [cut_off(26, 1)])), 1);
+    let mut holds_nothing = another();
+    holds_nothing.retain(|event| !matches!(event.what, What::Installed { life: LIFE, .. }));
+    assert_eq!(finds("RestartGrace", &holds_nothing), 0, "it was granted nothing");
 }
 
 #[test]

@@ -106,12 +106,8 @@ pub(crate) fn connect_lazy(endpoint: &Endpoint, watch: &Watch) -> Result<Channel
 }
 
 fn settings(endpoint: &Endpoint, watch: &Watch) -> Result<tonic::transport::Endpoint, TransportError> {
-    let target = match endpoint {
-        Endpoint::Unix(path) => format!("unix:{}", path.display()),
-        Endpoint::Tcp { host, port } if host.contains(':') => format!("http://[{host}]:{port}"),
-        Endpoint::Tcp { host, port } => format!("http://{host}:{port}"),
-    };
-    let settings = tonic::transport::Endpoint::from_shared(target).map_err(TransportError::of_connect)?;
+    let settings =
+        tonic::transport::Endpoint::from_shared(endpoint.uri()).map_err(TransportError::of_connect)?;
     Ok(settings
         .connect_timeout(watch.connect_timeout)
         .tcp_nodelay(true)

@@ -26,7 +26,6 @@
 #![forbid(unsafe_code)]
 
 mod clock;
-mod endpoint;
 mod config;
 mod hosts;
 mod connector;
@@ -42,6 +41,8 @@ mod session;
 mod ranges;
 #[cfg(feature = "agent")]
 pub mod agent;
+
+use shootdown_proto::endpoint;
 
 pub use clock::Clock;
 pub use config::{ChangePte, ConfigError, DeviceConfig, ResumePolicy};

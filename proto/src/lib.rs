@@ -17,3 +17,4 @@ pub mod v1 {
 pub mod message;
 pub mod convert;
 pub mod error;
+pub mod endpoint;

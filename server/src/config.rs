@@ -13,6 +13,7 @@ use shootdown_core::Incarnation;
 use shootdown_core::lease::LeaseTerms;
 use shootdown_core::outbox::OutboxLimits;
 use shootdown_core::session::SessionConfig;
+use shootdown_proto::endpoint::Endpoint;
 
 use crate::clock::Clock;
 use crate::fence::{DevicePattern, Fencer, FencerRule};
@@ -130,9 +131,9 @@ pub struct Settings {
     /// A program that cuts a device off which owes an ack for too long; exit status 0 confirms it [default: none]
     #[arg(long, env = "SHOOTDOWND_FENCE_COMMAND", conflicts_with = "fence_endpoint")]
     pub fence_command: Option<PathBuf>,
-    /// A FencerService that does: IP:PORT, tcp://IP:PORT or unix:/PATH [default: none]
+    /// A FencerService that does: HOST:PORT, tcp://HOST:PORT or unix:/PATH [default: none]
     #[arg(long, env = "SHOOTDOWND_FENCE_ENDPOINT")]
-    pub fence_endpoint: Option<ListenAddr>,
+    pub fence_endpoint: Option<Endpoint>,
     /// How long one attempt to cut a device off may take [default: 5s]
     #[arg(long, env = "SHOOTDOWND_FENCE_TIMEOUT")]
     pub fence_timeout: Option<Span>,
@@ -207,7 +208,7 @@ pub struct FencerSettings {
     /// As `fence_command`.
     pub command: Option<PathBuf>,
     /// As `fence_endpoint`.
-    pub endpoint: Option<ListenAddr>,
+    pub endpoint: Option<Endpoint>,
     /// As `fence_timeout`, which is its default.
     pub timeout: Option<Span>,
 }
@@ -291,6 +292,14 @@ pub enum ConfigError {
     Plaintext {
         /// Which.
         address: ListenAddr,
+    },
+    /// A fencer on another machine.
+    #[error(
+        "the fencer at {endpoint} may be on another machine, and there is no encryption: whoever is in between could confirm; use loopback, localhost or a Unix socket, or say --insecure"
+    )]
+    FencerInPlaintext {
+        /// Which.
+        endpoint: Endpoint,
     },
     /// A fencer that is no one, or two.
     #[error("the fencer of {devices:?} must have either a command or an endpoint")]
@@ -555,15 +564,12 @@ impl Settings {
                     expected: "an absolute path",
                 });
             }
-            (None, Some(ListenAddr::Inherited(name))) => {
-                return Err(ConfigError::Value {
-                    setting: "fence_endpoint",
-                    value: format!("fd://{name}"),
-                    expected: "an address to connect to",
-                });
+            (None, Some(endpoint)) if endpoint.is_local() || self.insecure => {
+                Fencer::Service(endpoint.clone())
             }
-            (None, Some(address)) if address.is_local() || self.insecure => Fencer::Service(address.clone()),
-            (None, Some(address)) => return Err(ConfigError::Plaintext { address: address.clone() }),
+            (None, Some(endpoint)) => {
+                return Err(ConfigError::FencerInPlaintext { endpoint: endpoint.clone() });
+            }
             (None, None) | (Some(_), Some(_)) => {
                 return Err(ConfigError::Fencer { devices: fencer.devices.clone() });
             }
@@ -678,6 +684,13 @@ mod tests {
         assert!(refused("[[fencer]]\ndevices = ['a']").contains("either a command or an endpoint"));
         assert!(refused("fence_command = 'fence'").contains("absolute path"));
         assert!(refused("fence_endpoint = '10.0.0.1:1'").contains("--insecure"));
+        assert!(
+            refused("fence_endpoint = 'tcp://pdu.example:1'").contains("pdu.example:1 may be on another")
+        );
+        assert!(refused("fence_endpoint = 'fd://fencer'").contains("tcp://HOST:PORT"));
+        assert_eq!(fencers("fence_endpoint = 'localhost:1'").unwrap().len(), 1);
+        let by_name = fencers("fence_endpoint = 'pdu.example:1'\ninsecure = true").unwrap();
+        assert_eq!(by_name[0].fencer, Fencer::Service("tcp://pdu.example:1".parse().unwrap()));
         assert!(refused("fence_command = '/bin/sh'\nfence_timeout = '0s'").contains("fence_timeout"));
         assert!(refused("quarantine_pages = 0").contains("quarantine_pages"));
     }

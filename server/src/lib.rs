@@ -49,4 +49,5 @@ pub use journal::{Damage, JournalError};
 pub use listen::{ListenAddr, ListenAddrError};
 pub use quarantine::QuarantineBudget;
 pub use restart::Loss;
+pub use shootdown_proto::endpoint::{Endpoint, EndpointError};
 pub use start::{Addresses, Running, StartError, start};

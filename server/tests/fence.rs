@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Agent, Device, connect, pages, quiesced, soon, unmap, until, wire};
+use common::{Agent, Device, log, pages, quiesced, soon, until, wire};
 use parking_lot::Mutex;
-use shootdown_core::{Access, AddressSpaceId, FrameNumber};
+use shootdown_core::{Access, AddrRange, AddressSpaceId, FrameNumber};
 use shootdown_proto::error::Reason;
 use shootdown_proto::v1;
 use shootdown_proto::v1::fencer_service_server::{FencerService, FencerServiceServer};
@@ -19,10 +19,13 @@ use shootdown_proto::v1::page_service_client::PageServiceClient;
 use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_server::config::Config;
 use shootdown_server::embed::FencerConnector;
-use shootdown_server::source::{Notifier as _, Outcome, RoundResult, TargetReport, Verdict};
-use shootdown_server::{DevicePattern, Fencer, FencerRule, ListenAddr};
+use shootdown_server::source::{Outcome, RoundResult, TargetReport, Verdict};
+use shootdown_server::{DevicePattern, Endpoint, Fencer, FencerRule};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status};
 
 const T_ACK: Duration = Duration::from_millis(50);
@@ -215,9 +218,16 @@ impl FencerService for Switch {
 impl Switch {
     fn serve(&self, socket: &Path) {
         let listener = tokio::net::UnixListener::bind(socket).unwrap();
+        self.serve_on(UnixListenerStream::new(listener));
+    }
+
+    fn serve_on<C>(&self, incoming: impl Stream<Item = std::io::Result<C>> + Send + 'static)
+    where
+        C: Connected<ConnectInfo: Clone + Send + Sync> + AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let serving = tonic::transport::Server::builder()
             .add_service(FencerServiceServer::new(self.clone()))
-            .serve_with_incoming(UnixListenerStream::new(listener));
+            .serve_with_incoming(incoming);
         tokio::spawn(serving);
     }
 
@@ -229,7 +239,7 @@ impl Switch {
 #[tokio::test]
 async fn a_service_confirms_by_its_word_and_by_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
-    let socket = |name: &str| Fencer::Service(ListenAddr::Unix(folder.path().join(name)));
+    let socket = |name: &str| Fencer::Service(Endpoint::Unix(folder.path().join(name)));
     let switch = Switch::default();
     switch.serve(&folder.path().join("switch"));
     let limit = Duration::from_millis(300);
@@ -285,12 +295,43 @@ async fn a_service_is_asked_over_a_connection_of_the_embedding_programs() {
     assert_outlived(&quiesced(without).await);
 }
 
+/// A name is as good as an address; one that does not resolve confirms nothing, and the log says which it was.
+#[tokio::test]
+async fn a_service_may_be_given_by_name() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let by_name = format!("tcp://localhost:{}", listener.local_addr().unwrap().port());
+    let switch = Switch::default();
+    switch.serve_on(TcpListenerStream::new(listener));
+    let nobody = "tcp://switch.invalid:7400";
+    let service = |endpoint: &str| Fencer::Service(endpoint.parse().unwrap());
+    let limit = Duration::from_millis(500);
+    let not_confirmed = || log::lines("nameless", "a fence is not confirmed");
+    assert!(not_confirmed().is_empty());
+    let agent = Agent::start_with(|config| {
+        short_lease(config);
+        config.host.fencers =
+            vec![rule("confirmed", service(&by_name), limit), rule("nameless", service(nobody), limit)];
+    });
+    let space = agent.space();
+    let (_devices, by_word) = silent_targets(&agent, space, &["confirmed"]).await;
+    let targets = quiesced(by_word).await;
+    assert_eq!(targets[0].outcome, Outcome::Fenced);
+    assert!(targets[0].elapsed.unwrap() < LEASE / 2, "by its word: {targets:?}");
+    let (_devices, round) = silent_targets(&agent, agent.space(), &["nameless"]).await;
+    assert_outlived(&quiesced(round).await);
+    assert!(not_confirmed().len() >= 2, "it was tried again");
+    for line in not_confirmed() {
+        assert_eq!(line.field("fencer"), nobody);
+    }
+    assert_eq!(switch.times_asked("confirmed"), 1);
+}
+
 /// A fencer that comes back is asked again, and a device that acks meanwhile is left in peace.
 #[tokio::test]
 async fn an_ack_ends_the_attempts_and_a_fencer_that_comes_back_is_asked_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("switch");
-    let fencer = Fencer::Service(ListenAddr::Unix(path.clone()));
+    let fencer = Fencer::Service(Endpoint::Unix(path.clone()));
     let agent = Agent::start_with(|config| {
         long_lease(config);
         config.host.fencers = vec![rule("*", fencer, Duration::from_secs(1))];
@@ -359,20 +400,22 @@ async fn fence_is_positive() {
     until(|| agent.host().rounds_in_flight() == 0).await;
 }
 
-/// 15: when a round hears of a fence no access of the fenced session is going on, and none begins: what is
-/// written to its frames then stays. That the access which is going on is waited for is shown without chance in
-/// the test of the same name beside the session.
+/// 15: a session is Fenced, for `PageService`, before a round hears of it, and an access that is going on then ends
+/// first. Only then are the pages free, and granted again.
+///
+/// Each connection has a shard of its own, for what stands still here holds its thread up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fence_reaches_reuse() {
-    const PAGES: u64 = 256;
-    const AFTER: u8 = 0xAA;
+    const PAGES: u64 = 4;
     let folder = tempfile::tempdir().unwrap();
     let program = script(folder.path(), "fence", "exit 0");
     let agent = Agent::start_with(|config| {
         long_lease(config);
-        config.shards = 2;
-        config.host.fencers = vec![rule("*", Fencer::Command(program), Duration::from_secs(10))];
+        config.shards = 4;
+        config.host.fencers = vec![rule("reached", Fencer::Command(program), Duration::from_secs(10))];
     });
+    let write_begun = log::stop("reached", "a device writes frames");
+    let fenced = log::stop("reached", "a device is fenced");
     let memory = agent.running.as_ref().unwrap().memory().clone();
     let frames = Arc::clone(agent.running.as_ref().unwrap().frames());
     let space = memory.create("reused").unwrap();
@@ -380,68 +423,95 @@ async fn fence_reaches_reuse() {
     for page in 0..PAGES {
         memory.store(space, page * 4096, b"before").await.unwrap();
     }
-    let mut device = agent.device("gpu").await;
-    device.subscribe(space, pages(0, PAGES)).await;
-    device.start_fault(space, pages(0, PAGES)).await;
-    let granted: Vec<u64> = device.grant().await.translations.iter().map(|granted| granted.frame).collect();
-    let (session_id, epoch) = (device.session, device.epoch);
+    // Its session is the lower one, so that rounds are on its shard.
+    let mut other = agent.device("other").await;
+    other.subscribe(space, pages(0, PAGES)).await;
+    let mut reached = agent.device("reached").await;
+    reached.subscribe(space, pages(0, PAGES)).await;
+    let granted = granted_frames(&mut reached, space, pages(0, PAGES)).await;
+    let lives = || granted.iter().map(|frame| frames.generation(FrameNumber(*frame))).collect::<Vec<_>>();
+    let first_lives = lives();
+    let (session_id, epoch) = (reached.session, reached.epoch);
     let spans: Vec<_> =
         granted.iter().map(|frame| v1::FrameSpan { frame: *frame, offset: 0, length: 4096 }).collect();
-    // As many bytes as a write may have, so that one is most likely going on.
-    let write = v1::WriteRequest {
-        session_id,
-        epoch,
-        spans: spans.clone(),
-        data: vec![0x55; PAGES as usize * 4096].into(),
-    };
-    let socket = agent.socket("device.sock");
-    let writers: Vec<_> = (0..4)
-        .map(|_| {
-            let (socket, write) = (socket.clone(), write.clone());
-            tokio::spawn(async move {
-                let mut client =
-                    PageServiceClient::new(connect(&socket).await).max_encoding_message_size(8 << 20);
-                let mut written = 0;
-                loop {
-                    match client.write(write.clone()).await {
-                        Ok(_) => written += 1,
-                        Err(status) => return (written, Reason::of_status(&status).unwrap()),
-                    }
-                }
-            })
-        })
-        .collect();
+    let data = vec![0x55; PAGES as usize * 4096].into();
+    let write = v1::WriteRequest { session_id, epoch, spans: spans.clone(), data };
+    let read = v1::ReadRequest { session_id, epoch, spans };
+    let mut early = PageServiceClient::new(agent.channel("device.sock").await);
+    let mut late = PageServiceClient::new(agent.channel("device.sock").await);
+
+    // An access is going on when the fencer confirms.
+    let going_on = tokio::spawn({
+        let write = write.clone();
+        async move { early.write(write).await }
+    });
+    until(|| write_begun.is_reached()).await;
+    let mut releasing = tokio::spawn({
+        let memory = memory.clone();
+        async move { memory.unmap(space, pages(0, PAGES)).await }
+    });
+    other.notice().await;
+    other.ack(1).await;
+    // It is not the access that goes on which this waits for.
+    until(|| fenced.is_reached()).await;
+
+    // The session is over, and no round has heard of it: what would begin now is refused.
+    let over =
+        |status: Status| assert_eq!(Reason::of_status(&status), Some(Reason::SessionFenced), "{status:?}");
+    over(soon(late.write(write.clone())).await.unwrap_err());
+    over(soon(late.read(read.clone())).await.unwrap_err());
+    assert!(!is_done_in_a_while(&mut releasing).await, "it is over for rounds before it is for accesses");
+    fenced.release();
+
+    // Nor does one hear of it while the access is going on.
+    assert!(!is_done_in_a_while(&mut releasing).await, "an access of the fenced session is going on");
+    assert_eq!(lives(), first_lives, "nothing is freed");
+    assert!(memory.map(space, pages(0, PAGES), Access::Write).is_err(), "nothing can be put there");
     let mut content = bytes::BytesMut::new();
-    let first = shootdown_proto::message::FrameSpan { frame: FrameNumber(granted[0]), offset: 0, length: 1 };
-    until(|| {
-        content.clear();
-        frames.read(&[first], &mut content).unwrap();
-        content[0] == 0x55
-    })
-    .await;
-    let result = soon(agent.host().invalidate_range_start(unmap(space, pages(0, PAGES)))).await.unwrap();
-    assert!(result.is_quiesced() && result.targets[0].outcome == Outcome::Fenced);
-    // Here the pages are somebody else's.
-    // From the other end than the writers, so that one that is going on would come across it.
-    for frame in granted.iter().rev() {
-        frames.write(FrameNumber(*frame), 0, &[AFTER; 4096]).unwrap();
+    let whole = |frame: &u64| shootdown_proto::message::FrameSpan {
+        frame: FrameNumber(*frame),
+        offset: 0,
+        length: 4096,
+    };
+    let all: Vec<_> = granted.iter().map(whole).collect();
+    frames.read(&all, &mut content).unwrap();
+    assert!(content.chunks(4096).all(|page| page.starts_with(b"before")), "it has written nothing yet");
+    write_begun.release();
+    soon(going_on).await.unwrap().expect("it began before the fence");
+    let released = soon(releasing).await.unwrap().unwrap();
+    assert_eq!(released.frames as u64, PAGES);
+    let targets = &released.rounds[0].targets;
+    assert_eq!([targets[0].outcome, targets[1].outcome], [Outcome::Acked, Outcome::Fenced]);
+    reached.notice().await;
+    let (error, _) = reached.last_word().await;
+    assert_eq!(error.reason(), Reason::SessionFenced);
+
+    // The pages are somebody else's.
+    memory.map(space, pages(0, PAGES), Access::Write).unwrap();
+    let mut again = granted_frames(&mut other, space, pages(0, PAGES)).await;
+    again.sort_unstable();
+    let mut before = granted.clone();
+    before.sort_unstable();
+    assert_eq!(again, before, "the same frames");
+    for status in [late.write(write).await.unwrap_err(), late.read(read).await.unwrap_err()] {
+        assert!(matches!(Reason::of_status(&status), Some(Reason::SessionFenced | Reason::SessionUnknown)));
     }
-    for writer in writers {
-        let (written, refused) = soon(writer).await.unwrap();
-        assert!(written > 0);
-        assert!(matches!(refused, Reason::SessionFenced | Reason::SessionUnknown), "{refused:?}");
-    }
-    for frame in &granted {
-        let span =
-            shootdown_proto::message::FrameSpan { frame: FrameNumber(*frame), offset: 0, length: 4096 };
-        content.clear();
-        frames.read(&[span], &mut content).unwrap();
-        assert!(content.iter().all(|byte| *byte == AFTER), "frame {frame} was written after the fence");
-    }
-    let mut client = PageServiceClient::new(agent.channel("device.sock").await);
-    let read =
-        client.read(v1::ReadRequest { session_id, epoch, spans: spans[..1].to_vec() }).await.unwrap_err();
-    assert!(matches!(Reason::of_status(&read), Some(Reason::SessionFenced | Reason::SessionUnknown)));
+    content.clear();
+    frames.read(&all, &mut content).unwrap();
+    assert!(content.iter().all(|byte| *byte == 0), "written through a fenced session");
+    assert_eq!(frames.broken_poison(), 0, "written through a fenced session while they were free");
+    assert_eq!(log::lines("reached", "a device writes frames").len(), 1, "no other access began");
+    assert_eq!(log::lines("reached", "a device reads frames").len(), 0);
+}
+
+async fn granted_frames(device: &mut Device, space: AddressSpaceId, range: AddrRange) -> Vec<u64> {
+    device.start_fault(space, range).await;
+    device.grant().await.translations.iter().map(|granted| granted.frame).collect()
+}
+
+/// For what must not happen: it has had many times as long as it takes.
+async fn is_done_in_a_while<T>(task: &mut JoinHandle<T>) -> bool {
+    tokio::time::timeout(Duration::from_millis(200), task).await.is_ok()
 }
 
 /// Who may subscribe where.
@@ -487,7 +557,7 @@ async fn a_device_that_leaves_is_not_fenced() {
     let folder = tempfile::tempdir().unwrap();
     let switch = Switch::default();
     switch.serve(&folder.path().join("switch"));
-    let fencer = Fencer::Service(ListenAddr::Unix(folder.path().join("switch")));
+    let fencer = Fencer::Service(Endpoint::Unix(folder.path().join("switch")));
     let agent = Agent::start_with(|config| {
         long_lease(config);
         config.host.fencers = vec![rule("*", fencer, Duration::from_secs(1))];

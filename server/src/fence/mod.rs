@@ -23,17 +23,18 @@
 mod command;
 mod service;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use shootdown_core::{DeviceId, Epoch, Incarnation, SessionId};
+use shootdown_proto::endpoint::Endpoint;
 use shootdown_proto::v1;
 use tokio::sync::Semaphore;
 
 use crate::embed;
 use crate::host::Host;
-use crate::listen::ListenAddr;
 use crate::session::SessionHandle;
 
 /// Attempts at a time, of all devices: a rack that loses its power makes every device of it suspect at once.
@@ -63,7 +64,7 @@ pub enum Fencer {
     /// A program: exit status 0 confirms.
     Command(PathBuf),
     /// A `FencerService`: the outcome CONFIRMED does.
-    Service(ListenAddr),
+    Service(Endpoint),
     /// The same, over connections of the program that the host agent is part of.
     Embedded(embed::FencerConnector),
 }
@@ -205,7 +206,7 @@ async fn insist(host: &Host, session: &SessionHandle, rule: &FencerRule) {
             }
             Err(error) => {
                 let error = anyhow::Error::from(error);
-                tracing::warn!(session = id, device, error = format!("{error:#}"), again_in = ?pause, "a fence is not confirmed");
+                tracing::warn!(session = id, device, fencer = %rule.fencer, error = format!("{error:#}"), again_in = ?pause, "a fence is not confirmed");
             }
         }
         tokio::select! {
@@ -226,8 +227,18 @@ impl Fencer {
     async fn fence(&self, subject: &Subject, limit: Duration) -> Result<Confirmed, NotConfirmed> {
         match self {
             Self::Command(program) => command::fence(program, subject, limit).await,
-            Self::Service(address) => service::fence(service::connect(address), subject, limit).await,
+            Self::Service(endpoint) => service::fence(service::connect(endpoint), subject, limit).await,
             Self::Embedded(connector) => service::fence(connector.connect(), subject, limit).await,
+        }
+    }
+}
+
+impl fmt::Display for Fencer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Command(program) => write!(f, "{}", program.display()),
+            Self::Service(endpoint) => write!(f, "{endpoint}"),
+            Self::Embedded(_) => f.write_str("embedded"),
         }
     }
 }

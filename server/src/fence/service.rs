@@ -6,12 +6,12 @@
 use std::future::Future;
 use std::time::Duration;
 
+use shootdown_proto::endpoint::Endpoint;
 use shootdown_proto::v1;
 use shootdown_proto::v1::fencer_service_client::FencerServiceClient;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use super::{Confirmed, NotConfirmed, Subject};
-use crate::listen::ListenAddr;
 
 /// One attempt, over the connection that `connecting` makes; its time is part of the limit.
 pub(super) async fn fence(
@@ -45,12 +45,7 @@ async fn ask(
     answer.map(|answer| answer.into_inner().outcome()).map_err(|status| NotConfirmed::Call(Box::new(status)))
 }
 
-pub(super) async fn connect(address: &ListenAddr) -> Result<Channel, tonic::transport::Error> {
-    let uri = match address {
-        ListenAddr::Tcp(address) => format!("http://{address}"),
-        ListenAddr::Unix(path) => format!("unix:{}", path.display()),
-        // The settings refuse it: a socket to listen on is nobody to call. To connect fails, and confirms nothing.
-        ListenAddr::Inherited(_) => address.to_string(),
-    };
-    Endpoint::from_shared(uri)?.connect().await
+/// A name is resolved here, anew for each attempt.
+pub(super) async fn connect(endpoint: &Endpoint) -> Result<Channel, tonic::transport::Error> {
+    tonic::transport::Endpoint::from_shared(endpoint.uri())?.connect().await
 }

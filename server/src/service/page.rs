@@ -6,6 +6,7 @@ use bytes::BytesMut;
 use shootdown_core::{Epoch, SessionId};
 use shootdown_proto::convert;
 use shootdown_proto::error::{Reason, status as make_status};
+use shootdown_proto::message::FrameSpan;
 use shootdown_proto::v1;
 use shootdown_proto::v1::page_service_server::PageService;
 use tonic::{Request, Response, Status};
@@ -29,7 +30,11 @@ impl PageService for Pages {
         let spans = convert::spans(request.spans)?;
         let session = self.admit(request.session_id, request.epoch)?;
         let mut data = BytesMut::with_capacity(spans.iter().map(|span| span.length as usize).sum());
-        let read = session.access(|| self.frames.read(&spans, &mut data)).ok_or_else(|| over(&session))?;
+        let read = || {
+            tell(&session, &spans, "a device reads frames");
+            self.frames.read(&spans, &mut data)
+        };
+        let read = session.access(read).ok_or_else(|| over(&session))?;
         read.map_err(|error| refused(&error))?;
         Ok(Response::new(v1::ReadResponse { data: data.freeze() }))
     }
@@ -45,6 +50,7 @@ impl PageService for Pages {
         }
         let mut rest = request.data;
         let write = || {
+            tell(&session, &spans, "a device writes frames");
             spans.iter().try_for_each(|span| {
                 let part = rest.split_to(span.length as usize);
                 self.frames.write(span.frame, span.offset, &part)
@@ -67,6 +73,13 @@ impl Pages {
         }
         Ok(handle)
     }
+}
+
+/// Which device reaches which frames, for whoever looks for one that should not. Told as a part of the access: what
+/// is told after a fence is a breach of FenceReachesReuse.
+fn tell(session: &SessionHandle, spans: &[FrameSpan], what: &str) {
+    let (session, device) = (session.id.get(), session.device.as_str());
+    tracing::trace!(session, device, ?spans, "{what}");
 }
 
 fn over(handle: &SessionHandle) -> Status {

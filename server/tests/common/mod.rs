@@ -3,6 +3,8 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+pub mod log;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;

@@ -15,7 +15,8 @@ async fn end_as_planned(mut daemon: Daemon) {
 
 /// What the source is told of a round, without waiting for it.
 async fn look(place: &Place, space: u64, seq: u64) -> Result<v1::RoundResult, Reason> {
-    let asked = v1::AwaitRoundRequest { address_space_id: space, seq, deadline_ms: Some(0), ..Default::default() };
+    let asked =
+        v1::AwaitRoundRequest { address_space_id: space, seq, deadline_ms: Some(0), ..Default::default() };
     match place.notifier().await.await_round(asked).await {
         Ok(told) => Ok(told.into_inner().result.unwrap()),
         Err(refused) => Err(Reason::of_status(&refused).unwrap()),

@@ -1,11 +1,12 @@
-//! Where a host agent listens.
+//! Where to connect to: a host agent, or a fencer. What listens has an address of its own (`shootdown-server`).
 
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// The address of a host agent: `tcp://host:port` (or `http://host:port`), or `unix:/path`.
+/// An address to connect to: `tcp://host:port` (or `http://host:port`, or `host:port`), or `unix:/path`. A
+/// name is resolved when somebody connects, each time.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, serde::Deserialize)]
 #[serde(try_from = "String")]
 pub enum Endpoint {
@@ -23,7 +24,7 @@ pub enum Endpoint {
 /// Why an endpoint was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EndpointError {
-    /// Not a scheme that a host agent listens on.
+    /// Not a scheme that anybody here listens on.
     #[error("`{given}` is not an endpoint; write tcp://HOST:PORT or unix:/PATH")]
     Scheme {
         /// What was given.
@@ -44,6 +45,16 @@ pub enum EndpointError {
 }
 
 impl Endpoint {
+    /// As the gRPC library takes it.
+    #[must_use]
+    pub fn uri(&self) -> String {
+        match self {
+            Self::Unix(path) => format!("unix:{}", path.display()),
+            Self::Tcp { host, port } if host.contains(':') => format!("http://[{host}]:{port}"),
+            Self::Tcp { host, port } => format!("http://{host}:{port}"),
+        }
+    }
+
     /// Whether what is sent there can be read on no network: a Unix socket or a loopback address. A
     /// name other than `localhost` may resolve to anything, and is not.
     #[must_use]
@@ -68,12 +79,19 @@ impl FromStr for Endpoint {
             }
             return Ok(Self::Unix(path.into()));
         }
-        let Some(authority) = given.strip_prefix("tcp://").or_else(|| given.strip_prefix("http://")) else {
+        let authority =
+            given.strip_prefix("tcp://").or_else(|| given.strip_prefix("http://")).unwrap_or(given);
+        if authority.is_empty() || authority.contains("://") {
             return Err(EndpointError::Scheme { given: given.to_owned() });
-        };
+        }
         let no_host_port = || EndpointError::HostPort { given: given.to_owned() };
         let (host, port) = authority.trim_end_matches('/').rsplit_once(':').ok_or_else(no_host_port)?;
-        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let in_brackets = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        // Without them an IPv6 address of which the end is missing, or the port, is one of another host.
+        if in_brackets.is_none() && host.contains(':') {
+            return Err(no_host_port());
+        }
+        let host = in_brackets.unwrap_or(host);
         if host.is_empty() || host.contains(['/', '@', '?', '#', ' ']) {
             return Err(no_host_port());
         }
@@ -109,16 +127,40 @@ mod tests {
         for given in ["tcp://host-7:7400", "tcp://[::1]:7400", "unix:/run/shootdown/device.sock"] {
             assert_eq!(given.parse::<Endpoint>().unwrap().to_string(), given);
         }
-        assert_eq!("http://a:1".parse::<Endpoint>().unwrap().to_string(), "tcp://a:1");
+        for given in ["http://a:1", "a:1"] {
+            assert_eq!(given.parse::<Endpoint>().unwrap().to_string(), "tcp://a:1");
+        }
         assert_eq!("unix:///a/b".parse::<Endpoint>().unwrap().to_string(), "unix:/a/b");
     }
 
     #[test]
     fn what_is_no_endpoint_is_refused() {
-        for given in
-            ["", "host:1", "https://host:1", "tcp://host", "tcp://:1", "tcp://h:99999", "unix:", "unix:a"]
-        {
+        for given in [
+            "",
+            "host",
+            "https://h:1",
+            "fd://n",
+            "tcp://host",
+            "tcp://:1",
+            "h:99999",
+            "::1",
+            "unix:",
+            "unix:a",
+        ] {
             assert!(given.parse::<Endpoint>().is_err(), "{given}");
+        }
+    }
+
+    #[test]
+    fn the_grpc_library_takes_what_is_an_endpoint() {
+        for (given, uri) in [
+            ("tcp://host-7:7400", "http://host-7:7400"),
+            ("[::1]:7400", "http://[::1]:7400"),
+            ("unix:/a/b", "unix:/a/b"),
+        ] {
+            let endpoint: Endpoint = given.parse().unwrap();
+            assert_eq!(endpoint.uri(), uri);
+            assert!(tonic::transport::Endpoint::from_shared(endpoint.uri()).is_ok(), "{uri}");
         }
     }
 

@@ -54,8 +54,10 @@ pub struct DeviceConfig {
     /// How long connecting and the answer to Hello may take. 10 s by default: a host agent that was
     /// restarted waits for its old sessions first.
     pub connect_timeout: Duration,
-    /// How often a silent connection is tried, and how long the answer may take: 2 s by default, within
-    /// the default lease, so that a vanished peer is found by then. A lease ends without it as well.
+    /// How often a silent connection is tried by HTTP/2, and how long the answer may take, at the most: 2 s by
+    /// default, and a quarter of the lease for a connection of a [`PageClient`](crate::PageClient). A session that
+    /// comes back does not depend on it: it takes its connection for lost when nothing has come for a quarter of its
+    /// lease after a heartbeat.
     pub keepalive: Duration,
     /// What the device does when its connection is lost. By default it connects again and goes on.
     pub resume: ResumePolicy,

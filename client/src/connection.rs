@@ -44,6 +44,11 @@ impl TransportError {
         Self { message, reason, source }
     }
 
+    /// The connection is open, and nothing comes on it.
+    pub(crate) fn unheard() -> Self {
+        Self { message: "no heartbeat is answered".to_owned(), reason: None, source: None }
+    }
+
     pub(crate) fn of_connect(error: tonic::transport::Error) -> Self {
         Self { message: "no connection".to_owned(), reason: None, source: Some(Arc::new(error)) }
     }
@@ -71,7 +76,16 @@ pub(crate) struct Watch {
     pub(crate) keepalive: Duration,
 }
 
+/// A silent connection is tried once in this part of a lease, and given up after two of them.
+const KEEPALIVES_A_LEASE: u32 = 4;
+
 impl Watch {
+    /// For a session whose lease is known.
+    pub(crate) fn within(lease: Duration, config: &DeviceConfig) -> Self {
+        let keepalive = config.keepalive.min(lease / KEEPALIVES_A_LEASE);
+        Self { keepalive, ..Self::of(config) }
+    }
+
     pub(crate) fn of(config: &DeviceConfig) -> Self {
         Self {
             connector: config.connector.clone(),

@@ -72,7 +72,8 @@ pub enum PageError {
 impl PageClient {
     pub(crate) fn new(session: Arc<Session>) -> Result<Self, TransportError> {
         let config = &session.config;
-        let watch = Watch::of(config);
+        // Bytes that are waited for on a dead connection would take the rest of the lease with them.
+        let watch = Watch::within(session.welcome.lease, config);
         let channel = connection::connect_lazy(&config.endpoint, &watch)?;
         Ok(Self { client: PageServiceClient::new(channel), session })
     }

@@ -18,7 +18,7 @@
 //! * [`outgoing`]: what the transport takes when it can send, [6 of 9]. It is no task: an ack is put
 //!   together at the moment at which it can be sent, from all that was flushed until then.
 //! * [`reconnect`]: a stream that was lost, and the session with it or not.
-//! * [`heartbeat`]: renews the lease, and ends the session when it has run out.
+//! * [`heartbeat`]: renews the lease, ends the session when it has run out, and finds a stream that is dead.
 
 pub(crate) mod gate;
 pub(crate) mod requests;
@@ -36,7 +36,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use shootdown_core::{AddrRange, AddressSpaceId, NoticeNumber, Scope};
 use shootdown_proto::message::Welcome;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
@@ -59,6 +59,8 @@ pub(crate) struct Session {
     pub(crate) outgoing: Arc<Outgoing>,
     /// Cancelled when the session is closed.
     pub(crate) closing: CancellationToken,
+    /// Rings when nothing comes on the stream any more.
+    pub(crate) unheard: Notify,
     /// How often it went on on another stream.
     pub(crate) resumes: watch::Sender<u64>,
     cause: OnceLock<EndCause>,
@@ -91,6 +93,7 @@ impl Session {
             requests,
             outgoing,
             closing: CancellationToken::new(),
+            unheard: Notify::new(),
             resumes: watch::Sender::new(0),
             cause: OnceLock::new(),
             ended,

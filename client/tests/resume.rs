@@ -372,6 +372,71 @@ async fn young_is_told_again_until_it_is_known_to_have_arrived() {
     assert_eq!(session.hear().await, young(2));
 }
 
+/// A peer that vanished without a word: the connection stays open for as long as the kernel likes, which may be
+/// longer than the lease.
+#[tokio::test]
+async fn a_connection_on_which_no_heartbeat_is_answered_is_given_up_while_the_lease_lasts() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let lease = Duration::from_secs(4);
+    let (device, mut lost) = host.connect_with(host.resuming(), &tlb, |welcome| welcome.lease = lease).await;
+    drop(lost.subscribe(&device, AddrRange::ALL).await);
+    let mapping = lost.mapped(&device, 1).await;
+    let (mut session, hello) = hello(&mut host).await;
+    drop(mapping.begin_use().expect("the lease goes on, and so does the use"));
+    assert_eq!(hello.resume.map(|point| point.session), Some(device.session_id()));
+    session.say(HostSays::Welcome(continued(&hello, 0))).await;
+    soon(device.resumed(1)).await;
+    // What still comes on the connection that was given up counts for nothing.
+    let until_then = device.gate().valid_until();
+    while let Some(says) = soon(lost.next()).await {
+        let DeviceSays::Heartbeat { request } = says else { panic!("{says:?}") };
+        lost.try_say(HostSays::LeaseRenewed { request, lease: 10 * lease }).await;
+        lost.try_say(HostSays::Notices(vec![notice(1, page(1))])).await;
+    }
+    let Some(DeviceSays::Heartbeat { request }) = soon(session.next()).await else { panic!("a heartbeat") };
+    assert_eq!(device.gate().valid_until(), until_then);
+    session.say(HostSays::LeaseRenewed { request, lease }).await;
+    until(|| device.gate().valid_until() > until_then).await;
+    drop(mapping.begin_use().expect("nothing was withdrawn"));
+    assert_eq!(tlb.calls().await, [Call::FlushAll(FlushAllCause::Connecting)]);
+}
+
+/// That the lease is not renewed is no sign that the connection is lost: whoever owes an ack would come back again
+/// and again.
+#[tokio::test]
+async fn a_connection_on_which_anything_comes_is_kept_to_the_end_of_a_lease_that_is_not_renewed() {
+    for refuses in [true, false] {
+        let mut host = FakeHost::start();
+        let tlb = TestTlb::new();
+        let lease = Duration::from_secs(1);
+        let (device, mut session) =
+            host.connect_with(host.resuming(), &tlb, |welcome| welcome.lease = lease).await;
+        drop(session.subscribe(&device, AddrRange::ALL).await);
+        let mut told = 0;
+        let mut often = tokio::time::interval(lease / 20);
+        let end = loop {
+            tokio::select! {
+                end = device.lost() => break end,
+                says = session.next() => match says {
+                    Some(DeviceSays::Heartbeat { request }) if refuses => {
+                        let error = SessionError::refused(Reason::LeaseNotRenewed, "it owes an ack", Some(request));
+                        session.say(HostSays::Error(error)).await;
+                    }
+                    Some(_) => {}
+                    None => break soon(device.lost()).await,
+                },
+                _ = often.tick(), if !refuses => {
+                    told += 1;
+                    session.try_say(HostSays::Notices(vec![notice(told, page(told))])).await;
+                }
+            }
+        };
+        assert!(matches!(end.cause, EndCause::LeaseExpired), "{end:?}");
+        assert!(host.try_session().is_none(), "it did not connect again");
+    }
+}
+
 /// A host agent that will be succeeded asks nobody to leave.
 #[tokio::test]
 async fn a_drain_that_can_be_resumed_is_not_a_reason_to_leave() {

@@ -36,6 +36,7 @@ impl Reason {
             | Self::AckOtherSession
             | Self::SessionFenced
             | Self::LeaseRequired
+            | Self::LeaseNotRenewed
             | Self::EpochStale
             | Self::FaultsAlreadyServed
             | Self::NotQuiesced

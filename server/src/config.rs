@@ -16,6 +16,7 @@ use shootdown_core::session::SessionConfig;
 use shootdown_proto::endpoint::Endpoint;
 
 use crate::clock::Clock;
+use crate::connections::{self, ConnectionLimits};
 use crate::fence::{DevicePattern, Fencer, FencerRule};
 use crate::host::HostConfig;
 pub use crate::journal::Takeover;
@@ -156,6 +157,9 @@ pub struct Settings {
     /// The most sessions [default: 4096]
     #[arg(long, env = "SHOOTDOWND_MAX_SESSIONS")]
     pub max_sessions: Option<usize>,
+    /// The most connections of devices [default: four for each of the sessions, as far as the limit of open files goes]
+    #[arg(long, env = "SHOOTDOWND_MAX_CONNECTIONS")]
+    pub max_connections: Option<usize>,
     /// The most subscriptions of a session [default: 1024]
     #[arg(long, env = "SHOOTDOWND_MAX_SUBSCRIPTIONS")]
     pub max_subscriptions: Option<usize>,
@@ -224,6 +228,8 @@ pub struct Config {
     pub admin_listen: Vec<ListenAddr>,
     /// Whether sockets that are passed may be reached from other machines.
     pub insecure: bool,
+    /// What connections of devices may take.
+    pub connections: ConnectionLimits,
     /// Users with leave for the latter two.
     pub allow_uids: Vec<u32>,
     /// Threads for sessions.
@@ -386,6 +392,7 @@ impl Settings {
             window: self.window.or(file.window),
             max_pending: self.max_pending.or(file.max_pending),
             max_sessions: self.max_sessions.or(file.max_sessions),
+            max_connections: self.max_connections.or(file.max_connections),
             max_subscriptions: self.max_subscriptions.or(file.max_subscriptions),
             max_faults_in_flight: self.max_faults_in_flight.or(file.max_faults_in_flight),
             max_address_spaces: self.max_address_spaces.or(file.max_address_spaces),
@@ -444,10 +451,13 @@ impl Settings {
         };
         let swap_slots = frames_of("swap_bytes", self.swap_bytes, memory_frames.saturating_mul(4))?;
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let shards = at_least_one("shards", self.shards.unwrap_or(cores))?;
+        let max_sessions = at_least_one("max_sessions", self.max_sessions.unwrap_or(DEFAULT_SESSIONS))?;
         Ok(Config {
             insecure: self.insecure,
+            connections: self.connections(max_sessions, shards)?,
             allow_uids: [0, own].into_iter().chain(self.allow_uid).collect(),
-            shards: at_least_one("shards", self.shards.unwrap_or(cores))?,
+            shards,
             busy_poll: self.busy_poll.map_or(DEFAULT_BUSY_POLL, |span| span.0),
             memory_frames,
             memory_limit_frames: frames_of("memory_limit_bytes", self.memory_limit_bytes, memory_frames)?,
@@ -456,7 +466,7 @@ impl Settings {
             state: self.state_dir.map(|dir| StateConfig { dir, takeover }),
             host: HostConfig {
                 session,
-                max_sessions: at_least_one("max_sessions", self.max_sessions.unwrap_or(DEFAULT_SESSIONS))?,
+                max_sessions,
                 max_address_spaces: at_least_one(
                     "max_address_spaces",
                     self.max_address_spaces.unwrap_or(DEFAULT_ADDRESS_SPACES),
@@ -485,6 +495,23 @@ impl Settings {
             source_listen: self.source_listen,
             admin_listen: self.admin_listen,
         })
+    }
+
+    /// More than there is room for would be at the cost of sources and administrators.
+    fn connections(&self, max_sessions: usize, shards: usize) -> Result<ConnectionLimits, ConfigError> {
+        let room = connections::room_for_devices(shards);
+        let most = match self.max_connections {
+            Some(most) if most > room => {
+                return Err(ConfigError::Value {
+                    setting: "max_connections",
+                    value: most.to_string(),
+                    expected: "less than the limit of open files (ulimit -n), of which a quarter is for others",
+                });
+            }
+            Some(most) => at_least_one("max_connections", most)?,
+            None => connections::most_by_default(max_sessions, room),
+        };
+        Ok(ConnectionLimits { most, first_request_within: connections::FIRST_REQUEST_WITHIN })
     }
 
     fn session(&self) -> Result<SessionConfig, ConfigError> {
@@ -635,6 +662,10 @@ mod tests {
         assert!(refused("listne = ['127.0.0.1:1']").contains("listne"));
         assert!(refused("listen = ['127.0.0.1']").contains("IP:PORT"));
         assert!(refused("listen = ['127.0.0.1:1']\nwindow = 0").contains("window is 0"));
+        assert!(refused("listen = ['127.0.0.1:1']\nmax_connections = 0").contains("max_connections is 0"));
+        assert!(
+            refused("listen = ['127.0.0.1:1']\nmax_connections = 9223372036854775807").contains("ulimit -n")
+        );
         assert!(refused("listen = ['127.0.0.1:1']\nmemory_limit_bytes = 4095").contains("at least a page"));
         assert!(
             refused("listen = ['127.0.0.1:1']\nlease = '49ms'")

@@ -31,7 +31,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::{Connected, Router};
+use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::config::StateConfig;
@@ -40,7 +40,7 @@ use crate::host::{Host, HostConfig};
 use crate::journal::{JournalError, Writer};
 use crate::listen::Peer;
 use crate::restart::Restart;
-use crate::serve;
+use crate::serve::{self, Router};
 use crate::service::admin::Admin;
 use crate::service::device::Devices;
 use crate::service::notifier::Notifiers;
@@ -89,7 +89,8 @@ pub async fn hand_over(host: &Host, patience: Duration) {
 }
 
 /// Serves devices on `connections` until `stop`: their sessions live on this runtime, as do the rounds that
-/// wait for them. An item that is an error is passed over; the end of the stream accepts no more.
+/// wait for them. An item that is an error is passed over; the end of the stream accepts no more. How many connections
+/// there may be, and for how long one may be silent, is the caller's to bound.
 ///
 /// # Cancel safety
 /// Dropped, nothing more is accepted; connections that were go on until their runtime stops.

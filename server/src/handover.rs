@@ -29,6 +29,7 @@ use crate::fence;
 use crate::host::Host;
 use crate::journal::{Drained, DrainedBracket, DrainedSession, DrainedSpace};
 use crate::session::SessionHandle;
+use crate::session::registry::Left;
 use crate::session::restored::Restored;
 use crate::session::task::start_outliving;
 use crate::shard::Shard;
@@ -139,7 +140,7 @@ pub(crate) fn begin(host: &Host, drained: Drained, shard: &Shard) {
                 },
             );
         }
-        host.registry().restore(&handle);
+        host.registry().restore(&handle, Left::Resumable);
         fence::watch_over(host, &handle);
         start_outliving(host, handle);
     }

@@ -351,17 +351,7 @@ impl Host {
         call: &Call,
         wait: Wait,
     ) -> Result<(), NotifyError> {
-        let might_be_parked = || {
-            let until_the_end = matches!(wait, Wait::ForTargets);
-            call.method != Method::Release
-                && quarantine::parks(call.method)
-                && space
-                    .subscribers
-                    .read()
-                    .targets(call.range, call.cause, call.method)
-                    .iter()
-                    .any(|target| !until_the_end || target.handle.enforcement == Enforcement::ByNobody)
-        };
+        let might_be_parked = || might_be_parked(space, call, wait);
         let room = async {
             loop {
                 let freed = self.quarantine().freed();
@@ -406,8 +396,12 @@ impl Host {
         let open = self.open(space, call, wait, called);
         let Some(retry) = retry else { return open.await };
         match wait {
-            // Its time is its own, whoever is about to open the round.
+            // Its time is its own, whoever is about to open the round. It is told of what that one waits for, as in
+            // `open`: first for room in the quarantine, then for a place.
             Wait::AtMost(limit) => tokio::time::timeout(limit, retry.open(open)).await.unwrap_or_else(|_| {
+                if self.quarantine().is_full() && might_be_parked(space, &call, wait) {
+                    return Err(self.quarantine_full());
+                }
                 Err(NotifyError::TooManyRounds { address_space: space.id, most: space.most_rounds })
             }),
             Wait::ForTargets | Wait::NotAtAll => retry.open(open).await,
@@ -713,6 +707,19 @@ impl Drop for Unanswered<'_> {
             self.space.end_bracket(self.round.look(|round| round.event().seq), self.clock);
         }
     }
+}
+
+/// Whether the call's pages could come into quarantine: it has a target that may not stop within its caller's time.
+fn might_be_parked(space: &AddressSpace, call: &Call, wait: Wait) -> bool {
+    let until_the_end = matches!(wait, Wait::ForTargets);
+    call.method != Method::Release
+        && quarantine::parks(call.method)
+        && space
+            .subscribers
+            .read()
+            .targets(call.range, call.cause, call.method)
+            .iter()
+            .any(|target| !until_the_end || target.handle.enforcement == Enforcement::ByNobody)
 }
 
 /// A place among the rounds in flight. Who has no time of its own waits for as long as a round may take: then there is

@@ -35,6 +35,7 @@ mod service;
 mod status;
 mod listen;
 mod inherited;
+mod connections;
 mod shard;
 mod watchdog;
 mod serve;
@@ -43,6 +44,7 @@ mod start;
 pub mod telemetry;
 pub mod admin;
 
+pub use connections::ConnectionLimits;
 pub use fence::{DevicePattern, Fencer, FencerRule};
 pub use host::{Host, HostConfig};
 pub use journal::{Damage, JournalError};

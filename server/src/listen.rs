@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use crate::connections::{Asked, Place, Tenancy};
 use crate::journal::Takeover;
 use shootdown_proto::error::{Reason, status};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -180,9 +181,17 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 
 /// An accepted connection that is not tied to a runtime yet: a shard takes it over.
 #[derive(Debug)]
-pub(crate) enum Accepted {
-    Tcp(TcpStream, Peer),
-    Unix(UnixStream, Peer),
+pub(crate) struct Accepted {
+    socket: AcceptedSocket,
+    peer: Peer,
+    /// Among those that there may be, where they are counted.
+    pub(crate) place: Option<Place>,
+}
+
+#[derive(Debug)]
+enum AcceptedSocket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
 }
 
 /// What is known of a peer.
@@ -192,17 +201,26 @@ pub(crate) struct Peer {
     uid: Option<u32>,
     /// Whether it may do more than a device may.
     has_leave: bool,
+    /// Whether it has asked anything yet.
+    asked: Asked,
 }
 
 impl Peer {
     /// Nothing is known of it.
     pub(crate) fn device() -> Self {
-        Self { uid: None, has_leave: false }
+        Self { uid: None, has_leave: false, asked: Asked::default() }
     }
 
     /// Somebody who knows it gives it leave.
     pub(crate) fn with_leave() -> Self {
-        Self { uid: None, has_leave: true }
+        Self { has_leave: true, ..Self::device() }
+    }
+
+    pub(crate) fn on_request(&self) {
+        if !self.asked.initialized() {
+            // Another request may have been first.
+            drop(self.asked.set(()));
+        }
     }
 }
 
@@ -238,13 +256,15 @@ impl Acceptor {
                 // Notices and acks are small, and each is waited for.
                 stream.set_nodelay(true)?;
                 find_vanished(&stream)?;
-                Ok(Accepted::Tcp(stream.into_std()?, Peer::device()))
+                let socket = AcceptedSocket::Tcp(stream.into_std()?);
+                Ok(Accepted { socket, peer: Peer::device(), place: None })
             }
             Self::Unix { listener, leave, .. } => {
                 let (stream, _) = listener.accept().await?;
                 let uid = stream.peer_cred()?.uid();
-                let peer = Peer { uid: Some(uid), has_leave: leave.uids.contains(&uid) };
-                Ok(Accepted::Unix(stream.into_std()?, peer))
+                let has_leave = leave.uids.contains(&uid);
+                let peer = Peer { uid: Some(uid), has_leave, asked: Asked::default() };
+                Ok(Accepted { socket: AcceptedSocket::Unix(stream.into_std()?), peer, place: None })
             }
         }
     }
@@ -270,22 +290,28 @@ fn find_vanished(stream: &tokio::net::TcpStream) -> io::Result<()> {
 
 /// A connection on a shard.
 #[derive(Debug)]
-pub(crate) enum Connection {
-    Tcp(tokio::net::TcpStream, Peer),
-    Unix(tokio::net::UnixStream, Peer),
+pub(crate) struct Connection {
+    socket: Socket,
+    peer: Peer,
+    tenancy: Option<Tenancy>,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(tokio::net::TcpStream),
+    Unix(tokio::net::UnixStream),
 }
 
 impl Connection {
     /// Ties an accepted connection to the runtime that this is called in.
     pub(crate) fn adopt(accepted: Accepted) -> io::Result<Self> {
-        match accepted {
-            Accepted::Tcp(stream, peer) => {
-                tokio::net::TcpStream::from_std(stream).map(|stream| Self::Tcp(stream, peer))
-            }
-            Accepted::Unix(stream, peer) => {
-                tokio::net::UnixStream::from_std(stream).map(|stream| Self::Unix(stream, peer))
-            }
-        }
+        let Accepted { socket, peer, place } = accepted;
+        let socket = match socket {
+            AcceptedSocket::Tcp(stream) => Socket::Tcp(tokio::net::TcpStream::from_std(stream)?),
+            AcceptedSocket::Unix(stream) => Socket::Unix(tokio::net::UnixStream::from_std(stream)?),
+        };
+        let tenancy = place.map(|place| Tenancy::begin(place, Arc::clone(&peer.asked)));
+        Ok(Self { socket, peer, tenancy })
     }
 }
 
@@ -293,9 +319,7 @@ impl Connected for Connection {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        match self {
-            Self::Tcp(_, peer) | Self::Unix(_, peer) => peer.clone(),
-        }
+        self.peer.clone()
     }
 }
 
@@ -312,31 +336,35 @@ pub(crate) fn require_leave<T>(request: &Request<T>) -> Result<(), Status> {
 }
 
 macro_rules! forward {
-    ($self:ident, $stream:ident => $call:expr) => {
-        match $self.get_mut() {
-            Self::Tcp($stream, _) => $call,
-            Self::Unix($stream, _) => $call,
+    ($self:ident, $cx:ident, $stream:ident => $call:expr) => {{
+        let this = $self.get_mut();
+        if let Some(tenancy) = &mut this.tenancy {
+            tenancy.poll($cx)?;
         }
-    };
+        match &mut this.socket {
+            Socket::Tcp($stream) => $call,
+            Socket::Unix($stream) => $call,
+        }
+    }};
 }
 
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        forward!(self, stream => Pin::new(stream).poll_read(cx, buf))
+        forward!(self, cx, stream => Pin::new(stream).poll_read(cx, buf))
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        forward!(self, stream => Pin::new(stream).poll_write(cx, buf))
+        forward!(self, cx, stream => Pin::new(stream).poll_write(cx, buf))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        forward!(self, stream => Pin::new(stream).poll_flush(cx))
+        forward!(self, cx, stream => Pin::new(stream).poll_flush(cx))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        forward!(self, stream => Pin::new(stream).poll_shutdown(cx))
+        forward!(self, cx, stream => Pin::new(stream).poll_shutdown(cx))
     }
 
     fn poll_write_vectored(
@@ -344,7 +372,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        forward!(self, stream => Pin::new(stream).poll_write_vectored(cx, bufs))
+        forward!(self, cx, stream => Pin::new(stream).poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -367,6 +395,25 @@ mod tests {
         assert_eq!(parsed("fd://device"), Ok("fd://device".to_owned()));
         assert!(parsed("fd://").is_err());
         assert!(parsed("localhost").is_err());
+    }
+
+    /// Nothing is sent to a device that has nothing to hear, so without this nobody would ask whether it is there.
+    #[tokio::test]
+    async fn the_kernel_asks_a_silent_tcp_peer_whether_it_is_there_and_gives_up_one_that_is_not() {
+        use rustix::net::sockopt;
+        let bound =
+            Listener::bind(&"127.0.0.1:0".parse().unwrap(), false, Takeover::Never).unwrap().remove(0);
+        let ListenAddr::Tcp(address) = bound.address().unwrap() else { panic!("it is TCP") };
+        let acceptor = Acceptor::new(bound, Leave { uids: [].into() }).unwrap();
+        let _peer = TcpStream::connect(address).unwrap();
+        let connection = Connection::adopt(acceptor.accept().await.unwrap()).unwrap();
+        let Socket::Tcp(stream) = &connection.socket else { panic!("it is TCP") };
+        assert!(stream.nodelay().unwrap() && sockopt::socket_keepalive(stream).unwrap());
+        let idle = sockopt::tcp_keepidle(stream).unwrap();
+        let asked = sockopt::tcp_keepintvl(stream).unwrap() * sockopt::tcp_keepcnt(stream).unwrap();
+        // The bound of docs/faults.md, whether there is something to send or not.
+        assert_eq!(idle + asked, Duration::from_secs(16));
+        assert_eq!(sockopt::tcp_user_timeout(stream).unwrap(), 16_000);
     }
 
     #[test]

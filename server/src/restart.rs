@@ -27,6 +27,7 @@ use crate::handover;
 use crate::host::Host;
 use crate::journal::{AppendError, History, Journal, Opened, Run, SessionRecord, Standing};
 use crate::session::SessionHandle;
+use crate::session::registry::Left;
 use crate::session::restored::Restored;
 use crate::session::task::start_outliving;
 use crate::shard::Shard;
@@ -185,7 +186,7 @@ impl Restart {
         let handles: Vec<_> =
             sessions.into_values().map(|record| Arc::new(survivor(host, record, shard, now))).collect();
         for handle in &handles {
-            host.registry().restore(handle);
+            host.registry().restore(handle, Left::Survivor);
         }
         survivors.list.lock().extend(handles.iter().cloned());
         for handle in handles {

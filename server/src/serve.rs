@@ -6,9 +6,13 @@ use shootdown_proto::v1::admin_service_server::AdminServiceServer;
 use shootdown_proto::v1::device_service_server::DeviceServiceServer;
 use shootdown_proto::v1::notifier_service_server::NotifierServiceServer;
 use shootdown_proto::v1::page_service_server::PageServiceServer;
+use tonic::body::Body;
+use tonic::codegen::http;
 use tonic::transport::Server;
-use tonic::transport::server::Router;
+use tower::layer::util::{Identity, Stack};
+use tower::util::MapRequestLayer;
 
+use crate::listen::Peer;
 use crate::service::admin::Admin;
 use crate::service::device::Devices;
 use crate::service::notifier::Notifiers;
@@ -24,6 +28,9 @@ const MOST_STREAMS: u32 = 256;
 
 /// Reads and writes of frames: 256 spans of a page each, and room for the rest.
 pub(crate) const MOST_PAGE_BYTES: usize = 2 << 20;
+
+type Seen = MapRequestLayer<fn(http::Request<Body>) -> http::Request<Body>>;
+pub(crate) type Router = tonic::transport::server::Router<Stack<Seen, Identity>>;
 
 /// Sessions, and reads and writes of frames.
 pub(crate) fn for_devices(devices: Devices, pages: Pages) -> Router {
@@ -48,9 +55,18 @@ pub(crate) fn for_administrators(admin: Admin) -> Router {
 
 /// No HTTP/2 keepalive: a session that falls silent is found by its lease, and a connection without one
 /// by TCP's own keepalive (see [`crate::listen`]), neither of which needs a timer on the shard.
-fn server() -> Server {
+fn server() -> Server<Stack<Seen, Identity>> {
     Server::builder()
+        .layer(MapRequestLayer::new(seen as fn(_) -> _))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MOST_STREAMS)
+}
+
+/// Of every request, whatever it is for: a connection on which there is one is in use.
+fn seen(request: http::Request<Body>) -> http::Request<Body> {
+    if let Some(peer) = request.extensions().get::<Peer>() {
+        peer.on_request();
+    }
+    request
 }

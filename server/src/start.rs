@@ -17,6 +17,7 @@ use tonic_reflection::server::v1::{ServerReflection, ServerReflectionServer};
 
 use crate::clock::Clock;
 use crate::config::{Config, StateConfig};
+use crate::connections::Connections;
 use crate::handover;
 use crate::host::{Host, HostConfig};
 use crate::journal::{self, BootMoment, History, Journal, JournalError, Takeover, Writer};
@@ -114,6 +115,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         source_listen,
         admin_listen,
         insecure,
+        connections,
         allow_uids,
         shards: shard_count,
         busy_poll,
@@ -181,20 +183,15 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         doors.push(door);
     }
 
-    let leave = Leave { uids: allow_uids.into() };
-    let control_tasks = &control.handle;
-    for listener in device {
-        let doors = doors.iter().map(|doors| doors.device.clone()).collect();
-        control_tasks.spawn(accept(listener, leave.clone(), doors, host.stopping().clone()));
-    }
-    for listener in source {
-        let doors = doors.iter().map(|doors: &Doors| doors.source.clone()).collect();
-        control_tasks.spawn(accept(listener, leave.clone(), doors, host.stopping().clone()));
-    }
+    let (control_tasks, stopping) = (&control.handle, host.stopping());
+    let to_devices: Vec<_> = doors.iter().map(|doors| doors.device.clone()).collect();
+    let to_sources: Vec<_> = doors.iter().map(|doors: &Doors| doors.source.clone()).collect();
     let (admin_tx, admin_rx) = mpsc::channel(ADMIN_QUEUE);
-    for listener in admin {
-        control_tasks.spawn(accept(listener, leave.clone(), vec![admin_tx.clone()], stop.clone()));
-    }
+    let counted = Admits::Counted(Connections::new(connections, host.clock()));
+    let everybody = Admits::Everybody(Leave { uids: allow_uids.into() });
+    start_accepting(device, &counted, &to_devices, stopping, control_tasks);
+    start_accepting(source, &everybody, &to_sources, stopping, control_tasks);
+    start_accepting(admin, &everybody, &[admin_tx], &stop, control_tasks);
     let admin = Admin { host: host.clone() };
     control_tasks.spawn(serve_admin(admin_rx, admin, health_service, reflection()?, stop.clone()));
     control_tasks.spawn(watchdog::run(host.clone(), stop.clone()));
@@ -446,13 +443,38 @@ fn bind(
     Ok(listeners)
 }
 
+/// Which connections come in, and what they have leave for.
+#[derive(Clone)]
+enum Admits {
+    /// They are known by their credentials, and few.
+    Everybody(Leave),
+    /// As many as may be, whoever they are.
+    Counted(Arc<Connections>),
+}
+
+fn start_accepting(
+    listeners: Vec<Listener>,
+    admits: &Admits,
+    doors: &[mpsc::Sender<Accepted>],
+    stop: &CancellationToken,
+    on: &tokio::runtime::Handle,
+) {
+    for listener in listeners {
+        on.spawn(accept(listener, admits.clone(), doors.to_vec(), stop.clone()));
+    }
+}
+
 /// Gives each connection to the next door.
 async fn accept(
     listener: Listener,
-    leave: Leave,
+    admits: Admits,
     doors: Vec<mpsc::Sender<Accepted>>,
     stop: CancellationToken,
 ) {
+    let leave = match &admits {
+        Admits::Everybody(leave) => leave.clone(),
+        Admits::Counted(_) => Leave { uids: [].into() },
+    };
     let acceptor = match Acceptor::new(listener, leave) {
         Ok(acceptor) => acceptor,
         Err(error) => {
@@ -469,7 +491,13 @@ async fn accept(
             accepted = acceptor.accept() => accepted,
         };
         match accepted {
-            Ok(connection) => {
+            Ok(mut connection) => {
+                if let Admits::Counted(connections) = &admits {
+                    connection.place = connections.try_admit();
+                    if connection.place.is_none() {
+                        continue;
+                    }
+                }
                 let door = next.next().expect("there is at least one shard");
                 if door.send(connection).await.is_err() {
                     return;

@@ -408,14 +408,24 @@ async fn a_device_that_only_sends_heartbeats_is_fenced_too() {
     device.subscribe(space, pages(1, 1)).await;
     let round = agent.round(space, pages(1, 1));
     device.notice().await;
-    let mut beats = tokio::time::interval(Duration::from_millis(20));
-    soon(async {
-        while !round.is_finished() {
-            beats.tick().await;
-            device.beat().await;
+    // Each is answered: a heartbeat without an answer means that the connection is lost.
+    let (mut renewed, mut refused) = (0, 0);
+    loop {
+        device.beat().await;
+        match device.say().await {
+            Say::LeaseRenewed(_) if refused == 0 => renewed += 1,
+            Say::Error(error) if !error.fatal => {
+                assert_eq!(
+                    (error.reason(), error.request_id),
+                    (Reason::LeaseNotRenewed, device.last_request())
+                );
+                refused += 1;
+            }
+            Say::Error(error) => break assert_eq!(error.reason(), Reason::SessionFenced),
+            other => panic!("{other:?}"),
         }
-    })
-    .await;
+    }
+    assert!(renewed > 0 && refused > 0, "{renewed} {refused}");
     assert_eq!(quiesced(round).await[0].outcome, Outcome::Fenced);
 }
 
@@ -695,6 +705,54 @@ async fn a_device_that_never_subscribed_is_not_waited_for() {
         })
         .await;
     }
+}
+
+/// A device that is started over and over, and whose runs nobody can take for stopped: it has its place whatever
+/// there is of others, and takes nobody's.
+#[tokio::test]
+async fn earlier_sessions_keep_neither_their_device_nor_another_out_and_are_bounded() {
+    const MOST: usize = 3;
+    let agent = Agent::start_with(|config| config.host.max_sessions = MOST);
+    let space = agent.lenient_space();
+    let capabilities = Some(v1::Capabilities { enforces_lease: false, change_pte: false });
+    let said = async |name: &str, incarnation| {
+        let mut device = Device::connect(&agent).await;
+        device.ask(Ask::Hello(v1::Hello { capabilities, incarnation, ..Device::hello_of(name) })).await;
+        match device.say().await {
+            Say::Welcome(welcome) => {
+                device.session = welcome.session_id;
+                device.subscribe(space, pages(0, 4)).await;
+                Ok(device)
+            }
+            Say::Error(error) => Err(error.reason()),
+            other => panic!("{other:?}"),
+        }
+    };
+    let mut kept = Vec::new();
+    // Where nobody else is, as many as may be.
+    for incarnation in 1..=3 {
+        kept.push(said("loops", incarnation).await.unwrap());
+    }
+    assert_eq!(said("loops", 4).await.err(), Some(Reason::SessionQuota));
+    // Each of the others has its session, and one beside an earlier one.
+    for (name, incarnation) in [("gpu", 1), ("nic", 1), ("gpu", 2), ("nic", 2)] {
+        kept.push(said(name, incarnation).await.unwrap());
+    }
+    for (name, incarnation) in [("gpu", 3), ("loops", 4), ("other", 1)] {
+        assert_eq!(said(name, incarnation).await.err(), Some(Reason::SessionQuota), "{name}");
+    }
+    assert_eq!(agent.listed_sessions().await.len(), 3 + 4);
+    // A device is there as long as one of its sessions may be.
+    let leaver = kept.pop().unwrap();
+    leaver.ask(Ask::Leave(v1::Leave {})).await;
+    soon(async {
+        while agent.listed_sessions().await.len() > 3 + 3 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert_eq!(said("other", 1).await.err(), Some(Reason::SessionQuota));
+    kept.push(said("nic", 3).await.unwrap());
 }
 
 /// Release: every session is told once, subscriptions end, held faults are refused, nothing follows.

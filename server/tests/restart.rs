@@ -767,6 +767,68 @@ async fn a_sequence_of_an_earlier_run_names_no_bracket_of_this_one() {
     notifier.invalidate_range_end(end(after.seq)).await.unwrap();
 }
 
+/// The quota counts devices: what the run before left of them does not keep them out.
+#[tokio::test]
+async fn a_fleet_as_large_as_the_quota_comes_back_after_a_crash_though_its_old_sessions_never_end() {
+    let place = Place::new();
+    let more = ["--lease", "60s", "--max-sessions", "2"];
+    let daemon = place.start(&more);
+    let space = register(&mut place.notifier().await).await;
+    let capabilities = Some(v1::Capabilities { enforces_lease: false, change_pte: false });
+    let hello = |name, incarnation| v1::Hello { capabilities, incarnation, ..Device::hello_of(name) };
+    let mut fleet = Vec::new();
+    for name in ["nic", "gpu"] {
+        let mut device = Device::on(connect(&place.path("device")).await);
+        device.welcomed(hello(name, 1)).await;
+        device.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
+        fleet.push(device);
+    }
+    daemon.kill();
+    let _second = place.start(&more);
+    // One that lived on, and one that was started anew, whose earlier run may still reach memory.
+    let mut back = Vec::new();
+    for (name, incarnation) in [("nic", 1), ("gpu", 2)] {
+        let mut device = Device::on(connect(&place.path("device")).await);
+        device.welcomed(hello(name, incarnation)).await;
+        device.settled().await;
+        back.push(device);
+    }
+    let listed = place.sessions().await;
+    let of = |name| listed.iter().filter(|session| session.device_id == name).count();
+    assert_eq!((of("nic"), of("gpu")), (1, 2), "what is not known to have stopped is waited for");
+    let mut other = Device::on(connect(&place.path("device")).await);
+    other.ask(Ask::Hello(hello("other", 1))).await;
+    assert_eq!(other.last_word().await.0.reason(), Reason::SessionQuota);
+}
+
+/// What is said of the lease and what is renewed are one thing, also when the setting is another one by now.
+#[tokio::test]
+async fn a_session_that_goes_on_after_a_planned_restart_is_told_its_own_lease() {
+    let place = Place::new();
+    let mut first = place.start(&["--lease", "5s"]);
+    let space = register(&mut place.notifier().await).await;
+    let mut device = Device::on(connect(&place.path("device")).await);
+    device.ask(Ask::Hello(Device::hello_of("old"))).await;
+    let Say::Welcome(welcomed) = device.say().await else { panic!("not welcomed") };
+    device.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
+    first.signal(Signal::TERM);
+    ended(&mut device).await;
+    assert_eq!(first.exit_code().await, Some(0));
+    let _second = place.start(&["--lease", "60s"]);
+    let mut back = Device::on(connect(&place.path("device")).await);
+    let resume = v1::ResumePoint {
+        session_id: welcomed.session_id,
+        host_incarnation: welcomed.host_incarnation,
+        ..v1::ResumePoint::default()
+    };
+    back.ask(Ask::Hello(v1::Hello { resume: Some(resume), ..Device::hello_of("old") })).await;
+    let Say::Welcome(again) = back.say().await else { panic!("not welcomed") };
+    back.beat().await;
+    let Say::LeaseRenewed(renewed) = back.say().await else { panic!("not renewed") };
+    assert_eq!(again.resume(), v1::Resume::Continue);
+    assert_eq!((again.lease_ms, renewed.lease_ms), (5000, 5000));
+}
+
 #[tokio::test]
 async fn an_administrator_who_vouches_that_a_device_is_cut_off_ends_the_waiting_for_it() {
     let place = Place::new();

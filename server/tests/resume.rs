@@ -217,8 +217,10 @@ async fn a_device_that_only_connects_again_is_fenced() {
                 break;
             }
             resumes += 1;
-            device.beat().await;
             assert_eq!(device.notice().await.number, 1, "sent again each time");
+            device.beat().await;
+            // Its lease is renewed until it is suspect.
+            assert!(matches!(device.say().await, Say::LeaseRenewed(_) | Say::Error(_)));
         }
     })
     .await;

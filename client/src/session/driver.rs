@@ -50,6 +50,8 @@ enum Next {
     Closing,
     FlushEnded(Result<(), JoinError>),
     Said(Result<Option<v1::SessionResponse>, tonic::Status>),
+    /// Nothing comes any more.
+    Unheard,
 }
 
 /// Whether the loop goes on.
@@ -121,7 +123,7 @@ impl Driver {
         let mut closing = std::pin::pin!(session.closing.cancelled());
         let line = loop {
             let next = self.next(closing.as_mut()).await;
-            let lost = matches!(next, Next::Said(Ok(None) | Err(_)));
+            let lost = matches!(next, Next::Said(Ok(None) | Err(_)) | Next::Unheard);
             match self.apply(next) {
                 Ok(Goes::On) => {}
                 Ok(Goes::Closing) => break Line::Up,
@@ -181,11 +183,12 @@ impl Driver {
         let next = tokio::select! {
             // Closing goes first: what comes later must not be applied. Then flushes that ended, because
             // one that panicked must stop the session before another notice is acked. Both are bounded,
-            // so the stream's turn comes.
+            // so the stream's turn comes. What the stream has goes before the word that it has nothing.
             biased;
             () = closing => Next::Closing,
             Some(ended) = self.flushes.join_next() => Next::FlushEnded(ended),
             said = self.inbound.message() => Next::Said(said),
+            () = self.session.unheard.notified() => Next::Unheard,
             never = vigil::keep(self.session.clock(), began, &mut self.busy_poll) => match never {},
         };
         self.busy_poll.on_waited(self.session.clock().now().since(began));
@@ -198,8 +201,14 @@ impl Driver {
             Next::FlushEnded(Ok(())) => {}
             Next::FlushEnded(Err(_)) => return Err(EndCause::FlushPanicked),
             Next::Said(Ok(Some(wire))) => {
+                self.session.outgoing.on_heard();
                 self.on_said(HostSays::try_from(wire).map_err(EndCause::Malformed)?)?;
             }
+            // Something may have come since it was noticed; and who does not come back has the lease.
+            Next::Unheard if self.session.outgoing.is_dead() && session_resumes(&self.session) => {
+                return Err(EndCause::Transport(TransportError::unheard()));
+            }
+            Next::Unheard => {}
             Next::Said(Ok(None)) => return Err(EndCause::Closed),
             Next::Said(Err(status)) => return Err(EndCause::Transport(TransportError::of_status(&status))),
         }

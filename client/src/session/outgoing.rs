@@ -49,6 +49,10 @@ struct State {
     session: Option<SessionId>,
     heartbeat: Option<RequestId>,
     heartbeats_sent: VecDeque<(RequestId, Moment)>,
+    /// The oldest heartbeat since anything arrived on this stream: sent, or waiting for the transport.
+    unheard: Option<RequestId>,
+    /// That one was waited on for long enough.
+    is_dead: bool,
     young: YoungRanges,
     /// Reports that were sent, and with which heartbeat behind them: its answer says that they arrived.
     young_sent: YoungRanges,
@@ -104,6 +108,8 @@ impl Outgoing {
             session: None,
             heartbeat: None,
             heartbeats_sent: VecDeque::with_capacity(HEARTBEATS_KEPT),
+            unheard: None,
+            is_dead: false,
             young: YoungRanges::new(),
             young_sent: YoungRanges::new(),
             young_in_flight: VecDeque::with_capacity(HEARTBEATS_KEPT),
@@ -130,6 +136,7 @@ impl Outgoing {
             state.line += 1;
             state.greeting = Greeting::Awaited;
             state.heartbeats_sent.clear();
+            (state.unheard, state.is_dead) = (None, false);
             // Whether they arrived is not known: they are told again.
             let in_flight = std::mem::take(&mut state.young_in_flight).into_iter().map(|(_, young)| young);
             let sent = std::mem::take(&mut state.young_sent);
@@ -219,7 +226,33 @@ impl Outgoing {
 
     /// One that was not sent yet is replaced: it would renew nothing more.
     pub(crate) fn heartbeat(&self, request: RequestId) {
-        self.change(|state| state.heartbeat = Some(request));
+        self.change(|state| {
+            state.heartbeat = Some(request);
+            state.unheard.get_or_insert(request);
+        });
+    }
+
+    /// Something came from the host agent, whatever it was.
+    pub(crate) fn on_heard(&self) {
+        let mut state = self.state.lock();
+        (state.unheard, state.is_dead) = (None, false);
+    }
+
+    /// Nothing will come after that heartbeat any more; unless something has, or the stream is another by now.
+    pub(crate) fn give_up(&self, since: RequestId) {
+        let mut state = self.state.lock();
+        state.is_dead = state.unheard == Some(since);
+    }
+
+    /// Whether nothing comes on the stream any more.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.state.lock().is_dead
+    }
+
+    /// The oldest heartbeat since which nothing has come. None where there is no stream on which it could.
+    pub(crate) fn unheard(&self) -> Option<RequestId> {
+        let state = self.state.lock();
+        state.unheard.filter(|_| state.greeting == Greeting::Said)
     }
 
     /// When the heartbeat that was answered was sent. Whatever was sent before it has arrived.

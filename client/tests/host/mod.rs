@@ -214,6 +214,11 @@ impl FakeHost {
         soon(self.sessions.recv()).await.expect("the device opens a session")
     }
 
+    /// One that a device has opened by now.
+    pub(crate) fn try_session(&mut self) -> Option<FakeSession> {
+        self.sessions.try_recv().ok()
+    }
+
     /// Lets the server outlive this: a session needs its connection only. What must be kept for it.
     pub(crate) fn keep(self) -> impl Sized {
         self._directory
@@ -243,6 +248,11 @@ pub(crate) fn welcome(window: u32) -> Welcome {
 impl FakeSession {
     pub(crate) async fn say(&self, says: HostSays) {
         self.outbound.send(Ok(says.into())).await.expect("the device reads");
+    }
+
+    /// On a stream that the device may have given up.
+    pub(crate) async fn try_say(&self, says: HostSays) {
+        drop(self.outbound.send(Ok(says.into())).await);
     }
 
     pub(crate) async fn notices(&self, notices: impl IntoIterator<Item = Notice>) {

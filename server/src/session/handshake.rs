@@ -101,7 +101,7 @@ pub(crate) async fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Ope
     let (lease, window) = (config.lease.duration, config.outbox.window);
     let mut earlier = Earlier::UntilAnyWord;
     if let Some(point) = hello.resume {
-        let terms = super::resume::Terms { version, lease, wants_timing };
+        let terms = super::resume::Terms { version, wants_timing };
         match super::resume::resume(host, hello, point, terms) {
             Ok(opened) => return Ok(opened),
             Err(flush) => {

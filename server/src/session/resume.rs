@@ -5,8 +5,6 @@
 //! old stream changes nothing, and what was to be said on it is dropped: notices are sent again, requests are
 //! asked again.
 
-use std::time::Duration;
-
 use shootdown_core::session::{Enforcement, ResumeError};
 use shootdown_core::{Incarnation, Moment, PageSize, SessionId};
 use shootdown_proto::message::{Hello, HostSays, Resume, ResumePoint, Welcome};
@@ -19,7 +17,6 @@ use crate::host::Host;
 #[derive(Clone, Copy)]
 pub(super) struct Terms {
     pub(super) version: u32,
-    pub(super) lease: Duration,
     pub(super) wants_timing: bool,
 }
 
@@ -89,8 +86,8 @@ impl SessionHandle {
                 session: self.id,
                 host_incarnation,
                 version: terms.version,
-                // Of the renewals to come: this grants none.
-                lease: terms.lease,
+                // Of the renewals to come: this grants none. The setting may be another one by now.
+                lease: state.session.config().lease.duration,
                 window: state.session.window(),
                 epoch: self.epoch,
                 retained_floor: outbox.retained_floor(),

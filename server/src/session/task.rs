@@ -160,7 +160,8 @@ fn said(host: &Host, handle: &Arc<SessionHandle>, on: LineId, says: DeviceSays) 
     }
 }
 
-/// A device that owes an ack for too long gets no answer: its lease runs out (BoundedResolution).
+/// A device that owes an ack for too long gets no lease: it runs out (BoundedResolution). It is told so, because a
+/// heartbeat without an answer says that the connection is lost, and it would come back on another.
 fn heartbeat(host: &Host, handle: &SessionHandle, on: LineId, request: RequestId) {
     // After the request has come: what a successor waits for is a lease of what was asked before it came.
     if !host.is_current() {
@@ -169,8 +170,14 @@ fn heartbeat(host: &Host, handle: &SessionHandle, on: LineId, request: RequestId
     let now = handle.clock.now();
     let granted =
         handle.with(now, |state, _| if state.line.id == on { state.session.on_heartbeat(now) } else { None });
-    if let Some(lease) = granted {
-        handle.answer(on, HostSays::LeaseRenewed { request, lease });
+    match granted {
+        Some(lease) => handle.answer(on, HostSays::LeaseRenewed { request, lease }),
+        None => handle.refuse(
+            on,
+            Reason::LeaseNotRenewed,
+            "the device owes an ack for too long; its lease is renewed when it has acked",
+            Some(request),
+        ),
     }
 }
 

@@ -181,6 +181,10 @@ pub async fn connect(socket: &Path) -> Channel {
 
 /// With this many bytes that the peer may send and nobody reads.
 pub async fn connect_with(socket: &Path, window: u32) -> Channel {
+    try_connect(socket, window).await.unwrap()
+}
+
+async fn try_connect(socket: &Path, window: u32) -> Result<Channel, tonic::transport::Error> {
     let socket = socket.to_owned();
     Endpoint::from_static("http://localhost")
         .initial_connection_window_size(window)
@@ -190,7 +194,6 @@ pub async fn connect_with(socket: &Path, window: u32) -> Channel {
             async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
         }))
         .await
-        .unwrap()
 }
 
 /// A source whose page n is always in frame n.
@@ -257,6 +260,11 @@ impl Device {
             next_request: 1,
             notices: std::collections::VecDeque::new(),
         }
+    }
+
+    /// The same, where the host agent may have no room for a connection.
+    pub async fn try_on(socket: &Path) -> Result<Self, tonic::transport::Error> {
+        Ok(Self::on(try_connect(socket, 8 << 20).await?))
     }
 
     pub fn hello_of(name: &str) -> v1::Hello {
@@ -412,6 +420,11 @@ impl Device {
         let ask = v1::SessionRequest { message: Some(Ask::Heartbeat(v1::Heartbeat { request_id })) };
         // The host agent may have ended the stream by now.
         drop(self.asks.send(ask).await);
+    }
+
+    /// What was asked last.
+    pub fn last_request(&self) -> u64 {
+        self.next_request
     }
 
     /// An ack to a host agent that may have ended the stream.

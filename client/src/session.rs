@@ -31,6 +31,7 @@ pub(crate) mod reconnect;
 pub(crate) mod heartbeat;
 pub(crate) mod end;
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -61,7 +62,9 @@ pub(crate) struct Session {
     pub(crate) closing: CancellationToken,
     /// Rings when nothing comes on the stream any more.
     pub(crate) unheard: Notify,
-    /// How often it went on on another stream.
+    /// How often it tried to go on on another stream.
+    pub(crate) attempts: AtomicU64,
+    /// How often it did.
     pub(crate) resumes: watch::Sender<u64>,
     cause: OnceLock<EndCause>,
     ended: watch::Receiver<Option<SessionEnd>>,
@@ -94,6 +97,7 @@ impl Session {
             outgoing,
             closing: CancellationToken::new(),
             unheard: Notify::new(),
+            attempts: AtomicU64::new(0),
             resumes: watch::Sender::new(0),
             cause: OnceLock::new(),
             ended,

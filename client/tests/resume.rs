@@ -45,7 +45,6 @@ async fn resumed(host: &mut FakeHost, lost: FakeSession, floor: u64) -> (FakeSes
     (session, hello.resume.expect("it says where it stopped"))
 }
 
-/// A clock that the test sets.
 #[tokio::test]
 async fn uses_go_on_while_there_is_no_connection_and_faults_wait() {
     let mut host = FakeHost::start();
@@ -66,6 +65,7 @@ async fn uses_go_on_while_there_is_no_connection_and_faults_wait() {
         session: device.session_id(),
         host_incarnation: device.host_incarnation(),
         received_through: None,
+        attempt: 1,
     };
     assert_eq!(hello.resume, Some(point));
     drop(mapping.begin_use().expect("the lease goes on"));
@@ -497,4 +497,17 @@ impl DeviceTlb for Fragile {
     }
 
     async fn flush_all(&self, _: FlushAllCause) {}
+}
+
+#[tokio::test]
+async fn each_try_to_go_on_is_counted_also_one_that_is_not_answered() {
+    let mut host = FakeHost::start();
+    let tlb = TestTlb::new();
+    let (_device, session) = host.subscribed(host.resuming(), &tlb).await;
+    drop(session);
+    for attempt in 1..=3 {
+        // Read, and its connection lost.
+        let (_, hello) = hello(&mut host).await;
+        assert_eq!(hello.resume.map(|point| point.attempt), Some(attempt));
+    }
 }

@@ -31,7 +31,7 @@ pub enum EndpointError {
         given: String,
     },
     /// No host, or no port.
-    #[error("`{given}` has no HOST:PORT behind its scheme; write for example tcp://127.0.0.1:7400")]
+    #[error("`{given}` has no HOST:PORT; write for example tcp://127.0.0.1:7400, or unix:/PATH")]
     HostPort {
         /// What was given.
         given: String,

@@ -123,6 +123,8 @@ pub struct ResumePoint {
     pub host_incarnation: Incarnation,
     /// Every notice up to and including this one was received, and is flushed or being flushed.
     pub received_through: Option<NoticeNumber>,
+    /// Counts the tries to go on with the session; 0: the device does not say.
+    pub attempt: u64,
 }
 
 /// Asks for a subscription.

@@ -83,6 +83,7 @@ fn what_a_device_says_comes_back_the_same() {
                 session: SessionId::new(6).unwrap(),
                 host_incarnation: Incarnation::new(7).unwrap(),
                 received_through: None,
+                attempt: 9,
             }),
             clock_id: "boot".to_owned(),
         }),

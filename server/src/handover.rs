@@ -138,6 +138,7 @@ pub(crate) fn begin(host: &Host, drained: Drained, shard: &Shard) {
                     wants_end: held.wants_end,
                     handle: Arc::clone(&handle),
                 },
+                held.request,
             );
         }
         host.registry().restore(&handle, Left::Resumable);

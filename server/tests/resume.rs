@@ -15,7 +15,12 @@ use shootdown_server::source::{Notifier as _, Outcome};
 
 /// Where `device` stopped, if it received every notice up to that one.
 fn point(agent: &Agent, device: &Device, received_through: u64) -> v1::ResumePoint {
-    v1::ResumePoint { session_id: device.session, host_incarnation: agent.incarnation(), received_through }
+    v1::ResumePoint {
+        session_id: device.session,
+        host_incarnation: agent.incarnation(),
+        received_through,
+        attempt: 0,
+    }
 }
 
 /// Comes back, and is welcomed one way or the other.
@@ -356,4 +361,31 @@ async fn a_device_that_was_told_to_flush_leaves_its_old_session_with_its_first_f
     device.start_fault(space, pages(30, 1)).await;
     assert_eq!(quiesced(round).await[0].outcome, Outcome::Left);
     until(|| agent.host().rounds_in_flight() == 0).await;
+}
+
+/// A Hello that lay in a dead connection takes nothing from the stream that goes on.
+#[tokio::test]
+async fn a_try_to_go_on_that_is_read_after_a_later_one_is_refused() {
+    let agent = Agent::start();
+    let space = agent.space();
+    let device = subscribed(&agent, space).await;
+    let attempt = |attempt| v1::ResumePoint { attempt, ..point(&agent, &device, 0) };
+    let (stale, third, fourth) = (attempt(2), attempt(3), attempt(4));
+    device.cut();
+    let (mut device, welcome) = back(&agent, third).await;
+    assert_eq!(welcome.resume(), v1::Resume::Continue);
+    for stale in [stale, third] {
+        let mut late = Device::connect(&agent).await;
+        late.ask(Ask::Hello(v1::Hello { resume: Some(stale), ..Device::hello_of("gpu") })).await;
+        assert_eq!(late.last_word().await.0.reason(), Reason::SessionReplaced);
+    }
+    // The stream that went on does so, and the session is the only one.
+    let round = agent.round(space, pages(1, 1));
+    let notice = device.notice().await.number;
+    device.ack(notice).await;
+    assert_eq!(quiesced(round).await[0].outcome, Outcome::Acked);
+    assert_eq!(agent.listed_sessions().await.len(), 1);
+    device.cut();
+    let (_device, welcome) = back(&agent, v1::ResumePoint { received_through: notice, ..fourth }).await;
+    assert_eq!(welcome.resume(), v1::Resume::Continue);
 }

@@ -97,6 +97,7 @@ impl TryFrom<v1::ResumePoint> for ResumePoint {
             session: session_id(wire.session_id, "hello.resume.session_id")?,
             host_incarnation: incarnation(wire.host_incarnation, "hello.resume.host_incarnation")?,
             received_through: NoticeNumber::new(wire.received_through),
+            attempt: wire.attempt,
         })
     }
 }
@@ -234,6 +235,7 @@ impl From<Hello> for v1::Hello {
                 session_id: resume.session.get(),
                 host_incarnation: resume.host_incarnation.get(),
                 received_through: resume.received_through.map_or(0, NoticeNumber::get),
+                attempt: resume.attempt,
             }),
             clock_id: hello.clock_id,
         }

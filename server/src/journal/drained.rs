@@ -7,7 +7,7 @@ use shootdown_core::{
     AddrRange, AddressSpaceId, Cause, CauseSet, Moment, NoticeNumber, OwnerTag, Seq, SubscriptionId,
 };
 use shootdown_proto::convert;
-use shootdown_proto::message::CallId;
+use shootdown_proto::message::{CallId, RequestId};
 
 use super::record::{self, Nonsense, SessionRecord};
 use crate::source::Strictness;
@@ -48,6 +48,8 @@ pub(crate) struct DrainedSubscription {
     pub(crate) ranges: Vec<AddrRange>,
     pub(crate) causes: CauseSet,
     pub(crate) wants_end: bool,
+    /// By which request of its session it was asked for, so that it is known when it is asked for again.
+    pub(crate) request: RequestId,
 }
 
 /// An address space whose source outlives the host agent.
@@ -136,6 +138,8 @@ pub(super) mod wire {
         pub(in crate::journal) causes: Vec<i32>,
         #[prost(bool, tag = "5")]
         pub(in crate::journal) wants_end: bool,
+        #[prost(uint64, tag = "6")]
+        pub(in crate::journal) request: u64,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -228,6 +232,7 @@ fn wire_session(session: &DrainedSession) -> wire::Session {
             convert::wire_causes(subscription.causes)
         },
         wants_end: subscription.wants_end,
+        request: subscription.request.get(),
     });
     wire::Session {
         session: Some(record::wire_session(&session.session)),
@@ -308,6 +313,8 @@ fn subscription(subscription: wire::Subscription) -> Result<DrainedSubscription,
         ranges: ranges.collect::<Result<_, _>>()?,
         causes: if causes.is_empty() { CauseSet::EVERY } else { CauseSet::of(causes) },
         wants_end: subscription.wants_end,
+        // 0: of a version that did not write it. No device numbers its requests as far as that.
+        request: RequestId::new(subscription.request).unwrap_or(RequestId::MAX),
     })
 }
 

@@ -15,6 +15,7 @@ use shootdown_core::{
     SessionId, SubscriptionId,
 };
 use shootdown_proto::convert;
+use shootdown_proto::message::RequestId;
 
 use super::file::JournalFile;
 use super::record::{Record, frame, header, read};
@@ -71,6 +72,7 @@ fn drained() -> Drained {
         ranges: vec![AddrRange::ALL, AddrRange::new(4096, 8192).unwrap()],
         causes: CauseSet::of([Cause::Unmap]),
         wants_end: true,
+        request: RequestId::new(21).unwrap(),
     };
     Drained {
         boot_id: "this boot".to_owned(),

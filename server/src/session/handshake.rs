@@ -10,6 +10,7 @@ use shootdown_proto::message::{
     DeviceSays, Hello, HostSays, PROTOCOL_VERSIONS, Resume, SessionError, Welcome,
 };
 
+use super::resume::Flush;
 use super::task::start_outliving;
 use super::{LineId, SessionHandle, State};
 use crate::clock::Clock;
@@ -104,6 +105,10 @@ pub(crate) async fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Ope
         let terms = super::resume::Terms { version, wants_timing };
         match super::resume::resume(host, hello, point, terms) {
             Ok(opened) => return Ok(opened),
+            // A new session would take the place of the one that has gone on.
+            Err(overtaken @ Flush::Overtaken { .. }) => {
+                return Err(SessionError::fatal(Reason::SessionReplaced, overtaken.to_string()));
+            }
             Err(flush) => {
                 tracing::info!(device = %hello.device, session = point.session.get(), %flush, "not resumed");
                 earlier = Earlier::UntilFault;

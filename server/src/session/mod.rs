@@ -79,6 +79,9 @@ pub(crate) struct SessionHandle {
 struct State {
     session: Session<Token>,
     line: Line,
+    /// By which of its device's attempts it went on last. What comes after a planned end begins at 0 again: the
+    /// first that is read then is taken, and none below it any more.
+    attempt: u64,
     subscriptions: HashMap<SubscriptionId, Held>,
     /// Those that are being ended: rounds may still count on them. Who waits for the answer.
     leaving: HashMap<SubscriptionId, Asked>,
@@ -479,6 +482,7 @@ impl State {
         Self {
             session,
             line: Line::new(LineId::FIRST),
+            attempt: 0,
             subscriptions: HashMap::new(),
             leaving: HashMap::new(),
             covered: HashMap::new(),

@@ -7,7 +7,7 @@ use parking_lot::RwLock;
 use shootdown_core::interest::Subscription;
 use shootdown_core::session::{Enforcement, Session, SessionConfig};
 use shootdown_core::{AddrRange, CauseSet, Moment, NoticeNumber, SubscriptionId};
-use shootdown_proto::message::RequestId;
+use shootdown_proto::message::{HostSays, RequestId};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -50,6 +50,7 @@ impl SessionHandle {
             state: State {
                 session,
                 line,
+                attempt: 0,
                 subscriptions: HashMap::new(),
                 leaving: HashMap::new(),
                 covered: HashMap::new(),
@@ -75,6 +76,8 @@ impl SessionHandle {
                 wants_end: false,
                 handle: Arc::clone(self),
             },
+            // Nobody asked for it. No device numbers its requests as far as that.
+            RequestId::MAX,
         );
     }
 
@@ -103,7 +106,8 @@ impl SessionHandle {
         let subscription = |(id, held): (&SubscriptionId, &Held)| {
             let wants_end = held.space.subscribers.read().subscription(*id)?.wants_end;
             let (address_space, ranges, causes) = (held.space.id, held.ranges.clone(), held.causes);
-            Some(DrainedSubscription { id: *id, address_space, ranges, causes, wants_end })
+            let request = held.asked.request;
+            Some(DrainedSubscription { id: *id, address_space, ranges, causes, wants_end, request })
         };
         let config = session.config();
         Some(DrainedSession {
@@ -124,19 +128,28 @@ impl SessionHandle {
         })
     }
 
-    pub(crate) fn join_with(&self, space: &Arc<AddressSpace>, subscription: Subscription<Arc<Self>>) {
+    pub(crate) fn join_with(
+        &self,
+        space: &Arc<AddressSpace>,
+        subscription: Subscription<Arc<Self>>,
+        request: RequestId,
+    ) {
+        let id = subscription.id;
         {
             let mut state = self.state.lock();
             let counted = state.session.try_subscribe(subscription.ranges.len());
             counted.expect("a restored session has room for what it is given");
             let ranges = subscription.ranges.clone();
-            // Its answer came with the run before. No device numbers its requests as far as that.
-            let asked = Asked { request: RequestId::MAX, on: state.line.id };
+            // Its answer went with the run before: whether it arrived, the device knows.
+            let asked = Asked { request, on: state.line.id };
             let (space, causes) = (Arc::clone(space), subscription.causes);
             let held = Held { space, ranges, causes, asked, answer: None };
-            state.hold(subscription.id, held);
+            state.hold(id, held);
         }
         let published = space.subscribe(subscription);
-        published.expect("an address space that nobody knows of is not released");
+        let seq = published.expect("an address space that nobody knows of is not released");
+        if let Some(held) = self.state.lock().subscriptions.get_mut(&id) {
+            held.answer = Some(HostSays::Subscribed { request, subscription: id, seq });
+        }
     }
 }

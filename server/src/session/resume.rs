@@ -37,6 +37,11 @@ pub(super) enum Flush {
     OtherRun { of: Incarnation, now: Incarnation },
     #[error("the device says other things of itself than when it opened session {0}")]
     Changed(SessionId),
+    /// Not even that: it says nothing any more of what the device holds.
+    #[error(
+        "the device went on with session {session} by its attempt {by}, and this is its attempt {attempt}"
+    )]
+    Overtaken { session: SessionId, by: u64, attempt: u64 },
     #[error(transparent)]
     Refused(#[from] ResumeError),
 }
@@ -77,10 +82,15 @@ impl SessionHandle {
         point: ResumePoint,
         host_incarnation: Incarnation,
         terms: Terms,
-    ) -> Result<LineId, ResumeError> {
+    ) -> Result<LineId, Flush> {
         let now: Moment = self.clock.now();
         let (swapped, after) = self.input(now, |state, effects| {
+            if (1..=state.attempt).contains(&point.attempt) {
+                let (session, by, attempt) = (self.id, state.attempt, point.attempt);
+                return Err(Flush::Overtaken { session, by, attempt });
+            }
             state.session.on_resumed(point.received_through, now, effects)?;
+            state.attempt = state.attempt.max(point.attempt);
             let outbox = state.session.outbox();
             let welcome = HostSays::Welcome(Welcome {
                 session: self.id,
@@ -100,7 +110,7 @@ impl SessionHandle {
             let id = line.id;
             Ok((id, std::mem::replace(&mut state.line, line)))
         });
-        let swapped: Result<(LineId, Line), ResumeError> = swapped;
+        let swapped: Result<(LineId, Line), Flush> = swapped;
         self.carry_out(after);
         let (id, old) = swapped?;
         old.ends.replaced.cancel();

@@ -43,7 +43,7 @@ async fn subscribed(place: &Place, space: u64) -> (Device, v1::ResumePoint) {
     device.session = welcome.session_id;
     device.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
     let (session_id, host_incarnation) = (welcome.session_id, welcome.host_incarnation);
-    (device, v1::ResumePoint { session_id, host_incarnation, received_through: 0 })
+    (device, v1::ResumePoint { session_id, host_incarnation, ..Default::default() })
 }
 
 /// The answer to a device that comes back with what it holds.
@@ -169,7 +169,7 @@ async fn subscribed_as_another(place: &Place, space: u64) -> (Device, v1::Resume
     let Say::Welcome(welcome) = device.say().await else { panic!("not welcomed") };
     device.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
     let (session_id, host_incarnation) = (welcome.session_id, welcome.host_incarnation);
-    (device, v1::ResumePoint { session_id, host_incarnation, received_through: 0 })
+    (device, v1::ResumePoint { session_id, host_incarnation, ..Default::default() })
 }
 
 async fn remaining(place: &Place, device: &str) -> u64 {
@@ -229,4 +229,34 @@ async fn after_a_reboot_nobody_resumes() {
     let waits = invalidate(&mut notifier, elsewhere, Some(0)).await.unwrap();
     assert_eq!((waits.verdict(), waits.targets.len()), (v1::Verdict::NotQuiesced, 1));
     assert_eq!(waits.targets[0].session_id, resume.session_id);
+}
+
+/// The answer to a Subscribe may go with the run that gave it.
+#[tokio::test]
+async fn a_subscription_that_is_asked_for_again_after_a_planned_restart_is_the_one_that_was_made() {
+    let place = Place::new();
+    let first = place.start(&["--lease", "60s"]);
+    let space = register(&mut place.notifier().await).await;
+    let mut device = Device::on(connect(&place.path("device")).await);
+    device.ask(Ask::Hello(Device::hello_of("old"))).await;
+    let Say::Welcome(welcome) = device.say().await else { panic!("not welcomed") };
+    let subscribe = v1::Subscribe {
+        request_id: 77,
+        address_space_id: space,
+        ranges: vec![wire(pages(0, 4))],
+        ..Default::default()
+    };
+    device.ask(Ask::Subscribe(subscribe.clone())).await;
+    let Say::Subscribed(made) = device.say().await else { panic!("not subscribed") };
+    device.cut();
+    end_as_planned(first).await;
+    let _second = place.start(&["--lease", "60s"]);
+    let (session_id, host_incarnation) = (welcome.session_id, welcome.host_incarnation);
+    let resume = v1::ResumePoint { session_id, host_incarnation, ..Default::default() };
+    let (mut device, welcome) = come_back(&place, resume).await;
+    assert_eq!(welcome.resume(), v1::Resume::Continue);
+    device.ask(Ask::Subscribe(subscribe)).await;
+    let Say::Subscribed(again) = device.say().await else { panic!("not subscribed") };
+    assert_eq!((again.request_id, again.subscription_id), (77, made.subscription_id));
+    assert_eq!(place.sessions().await[0].subscriptions, 1);
 }

@@ -115,6 +115,7 @@ async fn what_came_in_on_an_earlier_stream_changes_nothing() {
         session: handle.id,
         host_incarnation: host.incarnation(),
         received_through: Some(NoticeNumber::FIRST),
+        attempt: 0,
     };
     let resumed = come(&host, Some(point)).await;
     assert!(Arc::ptr_eq(&resumed.handle, &handle) && resumed.line > old);
@@ -174,8 +175,12 @@ async fn a_subscription_is_answered_on_the_stream_on_which_it_was_asked_for_last
             },
         );
     }
-    let point =
-        ResumePoint { session: handle.id, host_incarnation: host.incarnation(), received_through: None };
+    let point = ResumePoint {
+        session: handle.id,
+        host_incarnation: host.incarnation(),
+        received_through: None,
+        attempt: 0,
+    };
     let new = come(&host, Some(point)).await.line;
     let answer = HostSays::Subscribed { request: ask.request, subscription: id, seq: None };
     let told = |handle: &SessionHandle| {

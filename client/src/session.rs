@@ -31,7 +31,6 @@ pub(crate) mod reconnect;
 pub(crate) mod heartbeat;
 pub(crate) mod end;
 
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -63,7 +62,7 @@ pub(crate) struct Session {
     /// Rings when nothing comes on the stream any more.
     pub(crate) unheard: Notify,
     /// How often it tried to go on on another stream.
-    pub(crate) attempts: AtomicU64,
+    attempts: Mutex<u64>,
     /// How often it did.
     pub(crate) resumes: watch::Sender<u64>,
     cause: OnceLock<EndCause>,
@@ -97,7 +96,7 @@ impl Session {
             outgoing,
             closing: CancellationToken::new(),
             unheard: Notify::new(),
-            attempts: AtomicU64::new(0),
+            attempts: Mutex::default(),
             resumes: watch::Sender::new(0),
             cause: OnceLock::new(),
             ended,
@@ -130,6 +129,13 @@ impl Session {
         self.outgoing.heartbeat(self.requests.next_id());
         self.outgoing.on_resumed(floor);
         self.resumes.send_modify(|resumes| *resumes += 1);
+    }
+
+    /// The number of the try that begins, from 1 on.
+    pub(crate) fn begin_attempt(&self) -> u64 {
+        let mut attempts = self.attempts.lock();
+        *attempts += 1;
+        *attempts
     }
 
     /// Why the session was closed.

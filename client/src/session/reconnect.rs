@@ -7,7 +7,6 @@
 //!                              +------ Welcome{FLUSH}, refused -----> Closing
 //! ```
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use shootdown_proto::error::Reason;
@@ -76,7 +75,7 @@ async fn reopen(session: &Session) -> Result<tonic::Streaming<v1::SessionRespons
         session: ours.session,
         host_incarnation: ours.host_incarnation,
         received_through: session.outgoing.last_received(),
-        attempt: session.attempts.fetch_add(1, Ordering::Relaxed) + 1,
+        attempt: session.begin_attempt(),
     };
     let said = session.outgoing.greet_again(device::hello(config, Some(point)));
     let patience = (ours.lease / TRIES_A_LEASE).min(config.connect_timeout);

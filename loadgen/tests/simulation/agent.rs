@@ -1,11 +1,14 @@
-//! The host agent's machine: the real host agent, and beside it the source and an administrator.
+//! The host agent's machine: the real host agent, and beside it an administrator and, where it is not on a
+//! machine of its own, the source.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream;
 use hyper_util::rt::TokioIo;
+use rand::RngExt as _;
 use shootdown_core::Incarnation;
 use shootdown_core::outbox::OutboxLimits;
 use shootdown_core::session::SessionConfig;
@@ -22,7 +25,9 @@ use crate::administrator;
 use crate::clock::{host_now, virtual_now};
 use crate::device::{PORT, everywhere};
 use crate::fencer;
-use crate::plan::{Broken, DevicePlan, millis};
+use crate::link::SOURCE_PORT;
+use crate::observer;
+use crate::plan::{Broken, Caller, DevicePlan, millis};
 use crate::shared::{Shared, Stage};
 use crate::sockets::Socket;
 use crate::source::{Ended, Source};
@@ -34,33 +39,51 @@ const ADMIN_PORT: u16 = 7401;
 /// How long a planned end waits for rounds.
 const DRAIN: Duration = millis(300);
 
+/// When a successor is started, after it was asked for: it may be while the one before still runs.
+const TAKEOVER_IN: std::ops::Range<u64> = 0..120;
+
+/// When the one before stands still, likewise.
+const STOPPED_IN: std::ops::Range<u64> = 0..40;
+
 /// One run of the host agent. After a crash, and after a planned end, there is another.
-pub async fn run(shared: Arc<Shared>) -> turmoil::Result {
-    let before = shared.kills.get();
+pub async fn run(shared: Arc<Shared>, index: usize) -> turmoil::Result {
+    let process = &shared.agents[index];
+    let before = process.kills.get();
     let ended = tokio::select! {
         biased;
         // First: whoever is killed does nothing more.
-        () = shared.kills.until(|kills| kills > before) => Ok(()),
-        ended = live(Arc::clone(&shared)) => ended,
+        () = process.kills.until(|kills| kills > before) => Ok(()),
+        ended = live(Arc::clone(&shared), index) => ended,
     };
-    shared.sockets.close_all();
+    process.sockets.close_all();
     ended
 }
 
-async fn live(shared: Arc<Shared>) -> turmoil::Result {
+async fn live(shared: Arc<Shared>, index: usize) -> turmoil::Result {
+    let process = &shared.agents[index];
+    let asked_before = process.handovers_asked.get();
+    if index > 0 && shared.newest.get() != index {
+        shared.takeovers_asked.until(|asked| asked > 0).await;
+        tokio::time::sleep(millis(shared.rng(3).random_range(TAKEOVER_IN))).await;
+    }
     let run = shared.start_of_agent();
     if shared.plan.broken == Broken::JournalLost {
         for entry in std::fs::read_dir(shared.state.path())? {
             std::fs::remove_file(entry?.path())?;
         }
     }
-    let state = StateConfig { dir: shared.state.path().to_owned(), takeover: Takeover::Never };
+    // The one before has the journal's lock, if it is there: a lock is of an open file, not of a process.
+    let takeover = if index == 0 { Takeover::Never } else { Takeover::IfHeld };
+    let state = StateConfig { dir: state_dir(&shared, index)?, takeover };
     let host = embed::restarted(config(&shared), tokio::runtime::Handle::current(), state)?;
-    shared.trace.record(What::AgentStarted { incarnation: host.incarnation().get() });
+    let incarnation = host.incarnation().get();
+    shared.trace.record(What::AgentStarted { incarnation });
     let stop = CancellationToken::new();
     let frames = Arc::clone(&shared.memory.lock().store);
-    tokio::spawn(embed::watch(host.clone(), stop.clone()));
-    let (devices, administrators) = (listen(&shared, PORT).await?, listen(&shared, ADMIN_PORT).await?);
+    let watch = embed::watch(host.clone(), stop.clone());
+    let mut watching = tokio::spawn(Arc::clone(&process.standstill).part(watch));
+    let devices = listen(&shared, index, PORT).await?;
+    let administrators = listen(&shared, index, ADMIN_PORT).await?;
     let (served, until) = (host.clone(), stop.clone());
     tokio::spawn(async move { embed::serve_devices(&served, &frames, devices, until).await });
     let (served, until) = (host.clone(), stop.clone());
@@ -68,12 +91,35 @@ async fn live(shared: Arc<Shared>) -> turmoil::Result {
 
     tokio::spawn(administrate(Arc::clone(&shared), run, stop.clone()));
 
-    let source = Source::new(Arc::clone(&shared), host.clone(), run);
-    if source.run().await == Ended::AskedTo {
+    let ended = match shared.plan.source {
+        Caller::Embedded => Source::new(Arc::clone(&shared), host.clone(), run).run().await,
+        Caller::Remote => {
+            let sources = listen(&shared, index, SOURCE_PORT).await?;
+            shared.newest.change(|newest| *newest = index);
+            let (served, until) = (host.clone(), stop.clone());
+            tokio::spawn(async move { embed::serve_sources(&served, sources, until).await });
+            tokio::spawn(observer::run(Arc::clone(&shared), host.clone()));
+            if index == 0 {
+                tokio::spawn(stand_still(Arc::clone(&shared)));
+            }
+            tokio::select! {
+                biased;
+                // First: it must not do anything more. Its watch ends by itself when there is a successor.
+                _ = &mut watching => {
+                    shared.trace.record(What::Superseded { host: incarnation });
+                    stop.cancel();
+                    return Ok(());
+                }
+                () = process.handovers_asked.until(|asked| asked > asked_before) => Ended::AskedTo,
+                () = shared.source_is_done.until(|done| done) => Ended::StormIsOver,
+            }
+        }
+    };
+    if ended == Ended::AskedTo {
         embed::hand_over(&host, DRAIN).await;
         shared.trace.record(What::HandedOver);
         stop.cancel();
-        shared.handovers.change(|handovers| *handovers += 1);
+        process.handovers.change(|handovers| *handovers += 1);
         return Ok(());
     }
     shared.until(Stage::Quiet).await;
@@ -98,6 +144,31 @@ async fn administrate(shared: Arc<Shared>, run: u64, stop: CancellationToken) {
             ended = administrator::run(Arc::clone(&shared), run) => drop(ended),
         }
     }
+}
+
+/// The first process stands still when it is to be taken over from, a little after it was last heard.
+async fn stand_still(shared: Arc<Shared>) {
+    shared.takeovers_asked.until(|asked| asked > 0).await;
+    tokio::time::sleep(millis(shared.rng(4).random_range(STOPPED_IN))).await;
+    shared.agents[0].standstill.begin();
+}
+
+fn state_dir(shared: &Shared, index: usize) -> io::Result<PathBuf> {
+    let dir = shared.state.path();
+    if index == 0 || shared.plan.broken != Broken::StateCopied {
+        return Ok(dir.to_owned());
+    }
+    let copy = dir.join("copy");
+    if !copy.exists() {
+        std::fs::create_dir(&copy)?;
+        for entry in std::fs::read_dir(dir)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                std::fs::copy(entry.path(), copy.join(entry.file_name()))?;
+            }
+        }
+    }
+    Ok(copy)
 }
 
 fn config(shared: &Arc<Shared>) -> HostConfig {
@@ -128,13 +199,16 @@ fn config(shared: &Arc<Shared>) -> HostConfig {
 
 async fn listen(
     shared: &Arc<Shared>,
+    index: usize,
     port: u16,
 ) -> io::Result<impl futures_util::Stream<Item = io::Result<Socket>> + use<>> {
     let listener = TcpListener::bind(everywhere(port)).await?;
-    let open = (listener, Arc::clone(shared));
-    Ok(stream::unfold(open, async |(listener, shared)| {
-        let accepted = listener.accept().await.map(|(stream, _)| shared.sockets.add(stream));
-        Some((accepted, (listener, shared)))
+    let open = (listener, Arc::clone(shared), index);
+    Ok(stream::unfold(open, async |(listener, shared, index)| {
+        let process = &shared.agents[index];
+        let accepted = Arc::clone(&process.standstill).part(listener.accept()).await;
+        let accepted = accepted.map(|(stream, _)| process.sockets.add(stream));
+        Some((accepted, (listener, shared, index)))
     }))
 }
 
@@ -145,7 +219,8 @@ pub async fn administer(shared: &Arc<Shared>) -> Result<Channel, tonic::transpor
         let shared = Arc::clone(&shared);
         async move {
             let stream = TcpStream::connect(("127.0.0.1", ADMIN_PORT)).await?;
-            Ok::<_, io::Error>(TokioIo::new(shared.sockets.add(stream)))
+            let process = &shared.agents[shared.newest.get()];
+            Ok::<_, io::Error>(TokioIo::new(process.sockets.add(stream)))
         }
     };
     let endpoint = tonic::transport::Endpoint::from_static("http://host-agent");

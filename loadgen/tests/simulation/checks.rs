@@ -1,9 +1,10 @@
 //! One function an invariant, of its name. What a trace cannot show is left to the tests of
 //! docs/architecture.md.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::oracle::{Flush, History, Install, Round, Use, Violation};
+use crate::oracle::{Flush, Heard, History, Install, Round, Use, Violation};
 use crate::trace::{Called, Life, Outcome, Patience, Scope, Target, Verdict, What};
 
 /// A check, and the name of its invariant.
@@ -30,6 +31,7 @@ pub const ALL: &[Check] = &[
     ("ResumeOrFlush", resume_or_flush),
     ("RestartGrace", restart_grace),
     ("NothingIsLeft", nothing_is_left),
+    ("OneOutcome", one_outcome),
 ];
 
 /// A caller is answered in the step in which its round is complete.
@@ -331,6 +333,9 @@ pub fn isolation(history: &History) -> Vec<Violation> {
         let unlimited = unlimited && round.called != Called::Release;
         let last = answer.targets.iter().filter_map(|target| target.resolved).max();
         let due = last.unwrap_or(answer.dispatched) + STEP;
+        // Over the wire an answer may come late; and what was tried again is answered then.
+        let unlimited = unlimited && round.sent.len() <= 1;
+        let answered = &round.took.map_or(*answered, |took| answer.dispatched + took);
         (unlimited && *answered > due).then(|| Violation {
             invariant: "Isolation",
             at: *answered,
@@ -535,6 +540,57 @@ pub fn nothing_is_left(history: &History) -> Vec<Violation> {
             vec![Violation { invariant: "NothingIsLeft", at: history.end, what }]
         }
     }
+}
+
+/// However often a call is tried, it has one outcome: its tries are answered with one round, and of none of
+/// them there is a round that nobody hears of.
+pub fn one_outcome(history: &History) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    let mut calls = BTreeMap::new();
+    for round in history.rounds.values() {
+        for heard in &round.heard {
+            let Some(seq) = heard.seq else { continue };
+            // As long as the run knows of the call: also the next run, if the end was planned.
+            let same = |other: &&Heard| (other.host, other.registered) == (heard.host, heard.registered);
+            let first = round.heard.iter().filter(same).find_map(|other| other.seq);
+            let other = calls.insert((heard.host, round.pages.space, seq), round.op);
+            let what = match (first, other) {
+                (Some(first), _) if first != seq => format!("{:?} is round {first} and {seq}", round.op),
+                (_, Some(other)) if other != round.op => format!("{:?} and {other:?} are {seq}", round.op),
+                _ => continue,
+            };
+            violations.push(Violation { invariant: "OneOutcome", at: heard.at, what });
+        }
+    }
+    for (space, since) in &history.registered {
+        // Rounds of a run that has crashed went with those who called for them; the last has not.
+        let of_last = |at: Duration, host: u64| host == history.host && at >= *since;
+        let unheard = history.seen.iter().filter(|(at, host, of, seq)| {
+            of == space && of_last(*at, *host) && !calls.contains_key(&(*host, *space, *seq))
+        });
+        let unheard: Vec<_> = unheard.collect();
+        // Whose answers never came may have one each.
+        let called = history.rounds.values().filter(|round| round.pages.space == *space);
+        let unanswered = called.filter(|round| {
+            let sent = round.sent.iter().any(|at| *at >= history.host_began);
+            let mut heard = round.heard.iter().filter(|heard| of_last(heard.at, heard.host));
+            let first = heard.next().map(|heard| heard.at);
+            // A planned end hands over what may be tried again of those whose brackets their callers end, and of
+            // no others: these are done once more.
+            let again = history.handed_over.iter().any(|end| {
+                round.called != Called::RangeStart
+                    && round.sent.first().is_some_and(|sent| sent < end)
+                    && first.is_some_and(|first| first > *end)
+            });
+            sent && (first.is_none() || again)
+        });
+        if unheard.len() > unanswered.count() {
+            let (at, ..) = unheard[0];
+            let what = format!("nobody was told of {unheard:?}, each of which is a call done twice");
+            violations.push(Violation { invariant: "OneOutcome", at: *at, what });
+        }
+    }
+    violations
 }
 
 #[cfg(test)]

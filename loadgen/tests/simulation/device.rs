@@ -37,6 +37,9 @@ const LONG_USE: Duration = millis(300);
 /// The host agent's machine.
 pub const AGENT: &str = "agent";
 
+/// What stands for its processes on the network: they have one clock and one disk, and a port each.
+pub const AGENTS: [&str; 2] = [AGENT, "successor"];
+
 /// A device agent, from its start until it is stopped or crashes.
 pub async fn run(shared: Arc<Shared>, plan: DevicePlan) -> turmoil::Result {
     let mut start = shared.start_of(plan.index);
@@ -92,7 +95,10 @@ fn config(shared: &Arc<Shared>, plan: &DevicePlan, incarnation: Incarnation) -> 
     };
     config.busy_poll = Duration::ZERO;
     let (world, index) = (Arc::clone(shared), plan.index);
-    config.connector = Connector::from_fn(move |endpoint| connect(endpoint, world.begin_connection(index)));
+    config.connector = Connector::from_fn(move |endpoint| {
+        let (cut, agent) = (world.begin_connection(index), AGENTS[world.newest.get()]);
+        connect(endpoint, agent, cut)
+    });
     let clock = plan.clock;
     config.clock = match shared.plan.broken {
         Broken::DeviceClock => {
@@ -104,10 +110,11 @@ fn config(shared: &Arc<Shared>, plan: &DevicePlan, incarnation: Incarnation) -> 
     config
 }
 
-async fn connect(endpoint: Endpoint, cut: CancellationToken) -> io::Result<Cuttable> {
+async fn connect(endpoint: Endpoint, agent: &str, cut: CancellationToken) -> io::Result<Cuttable> {
     match endpoint {
-        Endpoint::Tcp { host, port } => {
-            let stream = turmoil::net::TcpStream::connect((host, port)).await?;
+        // Its name is resolved anew each time.
+        Endpoint::Tcp { port, .. } => {
+            let stream = turmoil::net::TcpStream::connect((agent, port)).await?;
             Ok(Cuttable::new(stream, cut))
         }
         Endpoint::Unix(_) => Err(io::ErrorKind::Unsupported.into()),

@@ -47,6 +47,15 @@ pub enum Fault {
     AgentPowerLoss,
     /// The host agent stops as planned, and its successor goes on.
     Handover,
+    /// The connections of the source, which is on a machine of its own, are lost.
+    CutSource,
+    /// All that is sent between it and the host agent is lost.
+    PartitionSource,
+    /// All that is sent between them arrives at the end.
+    HoldSource,
+    /// The host agent stands still, what it told its source before is late, and a successor takes over; at the
+    /// end it goes on beside it.
+    TakeOver,
 }
 
 /// From a quiet world to one where several things go wrong at once.
@@ -81,11 +90,50 @@ fn draw_one(devices: usize, terms: &LeaseTerms, rng: &mut StdRng) -> Planned {
     Planned { at: millis(rng.random_range(50..latest)), lasts, fault }
 }
 
+/// What goes wrong beside that where the source is on a machine of its own.
+pub fn draw_of_source(terms: &LeaseTerms, rng: &mut StdRng) -> Vec<Planned> {
+    let latest = u64::try_from(STORM.as_millis()).unwrap();
+    let lease = u64::try_from(terms.duration.as_millis()).unwrap();
+    let mut faults: Vec<_> = (0..rng.random_range(0..4))
+        .map(|_| {
+            let fault = match rng.random_range(0..4) {
+                0..2 => Fault::CutSource,
+                2 => Fault::PartitionSource,
+                _ => Fault::HoldSource,
+            };
+            let lasts = millis(rng.random_range(5..lease));
+            Planned { at: millis(rng.random_range(50..latest)), lasts, fault }
+        })
+        .collect();
+    // Once: each successor is a process more.
+    if rng.random_bool(0.6) {
+        let at = millis(rng.random_range(80..latest / 2));
+        faults.push(Planned { at, lasts: millis(rng.random_range(40..lease * 2)), fault: Fault::TakeOver });
+    }
+    faults
+}
+
+/// A host agent that stands still for longer than its devices' leases last.
+pub fn long_takeover(terms: &LeaseTerms, rng: &mut StdRng) -> Vec<Planned> {
+    let lasts = terms.duration * 2;
+    vec![Planned { at: millis(rng.random_range(80..200)), lasts, fault: Fault::TakeOver }]
+}
+
+/// All of them, in their order.
+pub fn with(mut faults: Vec<Planned>, more: Vec<Planned>) -> Vec<Planned> {
+    faults.extend(more);
+    faults.sort_by_key(|planned| planned.at);
+    faults
+}
+
 impl Fault {
     /// Whether the end of one would end the other, or could not be told from it.
     pub fn interferes(self, other: Self) -> bool {
         use Of::{Agent, Device, Link, Moment, Network};
         match (self.of(), other.of()) {
+            _ if matches!((self, other), (Self::TakeOver, other) | (other, Self::TakeOver) if other.is_of_source()) => {
+                true
+            }
             (Moment, _) | (_, Moment) | (Device(_) | Link(_), Agent) | (Agent, Device(_) | Link(_)) => false,
             (Device(one), Device(two)) | (Link(one), Link(two)) => one == two,
             (Device(_), Link(_) | Network) | (Link(_) | Network, Device(_)) => false,
@@ -94,7 +142,12 @@ impl Fault {
     }
 
     pub const fn is_of_agent(self) -> bool {
-        matches!(self, Self::AgentCrash | Self::AgentPowerLoss | Self::Handover)
+        matches!(self, Self::AgentCrash | Self::AgentPowerLoss | Self::Handover | Self::TakeOver)
+    }
+
+    /// Of what it is sent and sends.
+    const fn is_of_source(self) -> bool {
+        matches!(self, Self::PartitionSource | Self::HoldSource)
     }
 
     const fn of(self) -> Of {
@@ -107,15 +160,19 @@ impl Fault {
             | Self::Crash(device)
             | Self::PowerLoss(device) => Of::Link(device),
             Self::FencerLost => Of::Link(FENCER),
-            Self::Cut(_) => Of::Moment,
+            Self::Cut(_) | Self::CutSource => Of::Moment,
+            Self::PartitionSource | Self::HoldSource => Of::Link(SOURCE),
             Self::Loss | Self::AgentPowerLoss => Of::Network,
-            Self::AgentCrash | Self::Handover => Of::Agent,
+            Self::AgentCrash | Self::Handover | Self::TakeOver => Of::Agent,
         }
     }
 }
 
 /// No device has that number.
 const FENCER: usize = usize::MAX;
+
+/// And the source's, where it has one.
+const SOURCE: usize = usize::MAX - 1;
 
 /// What a fault is of.
 #[derive(Clone, Copy)]

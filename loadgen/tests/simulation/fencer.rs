@@ -102,12 +102,12 @@ pub fn rules(shared: &Arc<Shared>) -> Vec<FencerRule> {
 /// From the host agent's machine.
 async fn connect(shared: Arc<Shared>) -> std::io::Result<Socket> {
     let stream = TcpStream::connect((FENCER, PORT)).await?;
-    Ok(shared.sockets.add(stream))
+    Ok(shared.agents[shared.newest.get()].sockets.add(stream))
 }
 
 /// The fencer, which nobody stops.
 pub async fn run(shared: Arc<Shared>) -> turmoil::Result {
-    let open = (TcpListener::bind(everywhere(PORT)).await?, Sockets::default());
+    let open = (TcpListener::bind(everywhere(PORT)).await?, Sockets::new(Arc::default()));
     let connections = stream::unfold(open, async |(listener, sockets)| {
         let accepted = listener.accept().await.map(|(stream, _)| sockets.add(stream));
         Some((accepted, (listener, sockets)))

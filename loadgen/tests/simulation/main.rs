@@ -15,12 +15,16 @@ mod faults;
 mod clock;
 mod world;
 mod level;
+mod process;
 mod shared;
 mod sockets;
 mod agent;
 mod administrator;
 mod memory;
 mod source;
+mod link;
+mod remote;
+mod observer;
 mod device;
 mod cuttable;
 mod fabric;
@@ -169,6 +173,13 @@ const KINDS: &[&str] = &[
     "HandedOver",
     "Resumed",
     "Resumed by a successor",
+    "begin CutSource",
+    "begin PartitionSource",
+    "begin HoldSource",
+    "begin TakeOver",
+    "Superseded",
+    "Registered",
+    "Taken",
 ];
 
 /// Whether a device resumed its session in the run after a planned end.
@@ -278,6 +289,22 @@ fn a_device_that_resumes_and_does_not_flush_what_it_missed_is_found() {
 #[test]
 fn a_device_that_keeps_what_a_lost_session_was_granted_is_found() {
     assert_eq!(found(Broken::TableOutlivesSession, "ResumeOrFlush"), Ok(()));
+}
+
+#[test]
+fn a_source_that_tries_again_with_another_id_is_found() {
+    assert_eq!(found(Broken::RetryWithNewId, "OneOutcome"), Ok(()));
+}
+
+#[test]
+fn a_source_that_takes_the_answer_of_a_host_agent_with_a_successor_is_found() {
+    // Of a device that has come to the successor the old one knows nothing, and waits for it in vain.
+    assert_eq!(found(Broken::OldAnswerTaken, "JoinCovers"), Ok(()));
+}
+
+#[test]
+fn a_host_agent_that_never_learns_of_its_successor_is_found() {
+    assert_eq!(found(Broken::StateCopied, "RestartGrace"), Ok(()));
 }
 
 /// Whether the oracle finds that the invariant is broken, in one of the seeds.

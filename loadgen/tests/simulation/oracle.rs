@@ -82,6 +82,14 @@ pub struct History {
     /// The incarnation of the host agent's last run.
     pub host: u64,
     pub end: Duration,
+    /// When that run began.
+    pub host_began: Duration,
+    /// When a run came to its planned end.
+    pub handed_over: Vec<Duration>,
+    /// Rounds as the host agent opened them: when, in which run, address space, and sequence.
+    pub seen: Vec<(Duration, u64, u64, u64)>,
+    /// When each address space was last registered over the wire.
+    pub registered: BTreeMap<u64, Duration>,
 }
 
 /// A call of the source, and all that became of it.
@@ -101,6 +109,20 @@ pub struct Round {
     pub ended: Vec<Duration>,
     pub refused: Vec<(Duration, String)>,
     pub abandoned: Vec<Duration>,
+    /// Its tries over the wire, and what they were answered.
+    pub sent: Vec<Duration>,
+    pub heard: Vec<Heard>,
+    /// How long the host agent took for the first answer that was good.
+    pub took: Option<Duration>,
+}
+
+/// An answer to a try.
+#[derive(Debug, Clone, Copy)]
+pub struct Heard {
+    pub at: Duration,
+    pub host: u64,
+    pub registered: u64,
+    pub seq: Option<u64>,
 }
 
 /// A device's session.
@@ -176,6 +198,10 @@ impl History {
             left: None,
             host: 0,
             end: events.iter().map(|event| event.at).max().unwrap_or_default(),
+            host_began: Duration::ZERO,
+            handed_over: Vec::new(),
+            seen: Vec::new(),
+            registered: BTreeMap::new(),
         };
         events.iter().for_each(|event| history.add(event));
         history
@@ -185,13 +211,19 @@ impl History {
         let at = *at;
         match what.clone() {
             What::Mapped { .. } | What::Subscribed { .. } | What::Closed { .. } | What::Fault(_) => {}
-            What::HandedOver => {}
+            What::Superseded { .. } => {}
             What::Read { life, frame, times_freed } => self.reads.push(Read { at, life, frame, times_freed }),
             What::ReadRefused { .. } => {}
             What::FencerAsked { .. } | What::Barred { .. } => {}
             What::EnforcesNoLease { life, cut_off_by } => self.life(life).cut_off_by = Some(cut_off_by),
             What::CutOff { device, start, .. } => drop(self.cut_off.insert((device, start), at)),
-            What::AgentStarted { incarnation } => self.host = incarnation,
+            What::HandedOver => self.handed_over.push(at),
+            What::AgentStarted { incarnation } => {
+                // After a planned end it is the same.
+                if self.host != incarnation {
+                    (self.host, self.host_began) = (incarnation, at);
+                }
+            }
             What::AgentCrashed => self.rounds.values_mut().for_each(|round| round.outlived_host = true),
             What::Call { op, called, pages, patience } => {
                 let (answers, ended) = (Vec::new(), Vec::new());
@@ -209,6 +241,9 @@ impl History {
                     ended,
                     refused,
                     abandoned,
+                    sent: Vec::new(),
+                    heard: Vec::new(),
+                    took: None,
                 };
                 self.rounds.insert(op, round);
             }
@@ -216,6 +251,23 @@ impl History {
             What::Refused { op, error } => self.round(op).refused.push((at, error)),
             What::Ended { op } => self.round(op).ended.push(at),
             What::Abandoned { op } => self.round(op).abandoned.push(at),
+            What::RoundSeen { host, space, seq } => self.seen.push((at, host, space, seq)),
+            What::Registered { space } => {
+                // The run that answers now had not heard of it, nor of any call that was made before.
+                let before = self.rounds.values_mut().filter(|round| round.pages.space == space);
+                before.for_each(|round| round.outlived_host = true);
+                self.registered.insert(space, at);
+            }
+            What::Sent { op } => self.round(op).sent.push(at),
+            What::Heard { op, host, registered, seq } => {
+                self.round(op).heard.push(Heard { at, host, registered, seq });
+            }
+            What::Taken { op, host, took } => {
+                let round = self.round(op);
+                // Whichever run it was called of, this one has answered.
+                (round.host, round.outlived_host) = (host, false);
+                round.took.get_or_insert(took);
+            }
             What::Freed { op, frame } => drop(self.freed.insert(frame, (at, op))),
             What::Connecting { life, device, start } => {
                 let life = self.life(life);

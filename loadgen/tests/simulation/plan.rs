@@ -36,6 +36,16 @@ pub struct Plan {
     pub call_every: Duration,
     /// What is broken on purpose.
     pub broken: Broken,
+    pub source: Caller,
+}
+
+/// Where the source is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caller {
+    /// In the host agent's process; it calls the Rust API.
+    Embedded,
+    /// On a machine of its own; it calls `NotifierService`.
+    Remote,
 }
 
 /// The time that a message takes.
@@ -110,6 +120,12 @@ pub enum Broken {
     TableOutlivesSession,
     /// The devices' clocks are further from real time than both sides were told.
     DriftBeyondBound,
+    /// A source on a machine of its own tries again with another request id.
+    RetryWithNewId,
+    /// It waits for the answer of the host agent that it called, and takes it, whoever has taken over since.
+    OldAnswerTaken,
+    /// A successor is started on a copy of the state directory, so that the host agent before it never knows.
+    StateCopied,
 }
 
 impl Plan {
@@ -143,6 +159,7 @@ impl Plan {
             DevicePlan::draw(index, clock, &terms, ack_timeout, &mut rng)
         });
         let devices: Vec<_> = devices.collect();
+        let (source, of_source) = Caller::draw(seed, broken, &terms);
         let mut plan = Self {
             seed,
             host_clock,
@@ -153,13 +170,17 @@ impl Plan {
             quarantine_pages: u64::MAX,
             fencer: None,
             latency,
-            faults: faults::draw(devices.len(), &terms, &mut rng),
+            faults: faults::with(faults::draw(devices.len(), &terms, &mut rng), of_source),
             devices,
             call_every: millis(rng.random_range(4..20)),
             broken,
+            source,
         };
-        fencer::vary(&mut plan);
-        content::vary(&mut plan);
+        // What the other kind of source does not know of: address spaces that are not strict, budgets, bytes.
+        if plan.source == Caller::Embedded {
+            fencer::vary(&mut plan);
+            content::vary(&mut plan);
+        }
         plan
     }
 
@@ -197,6 +218,24 @@ impl Plan {
         let lease = self.terms.host_duration();
         let tick = self.ack_timeout.min(lease) / 8 + millis(7);
         self.host_clock.lasts(self.ack_timeout + lease + tick)
+    }
+}
+
+impl Caller {
+    /// Where it is, and what goes wrong there; by numbers of its own, so that the others stay what they are.
+    fn draw(seed: u64, broken: Broken, terms: &LeaseTerms) -> (Self, Vec<Planned>) {
+        let mut rng = StdRng::seed_from_u64(seed ^ 0x0050_5243_0000_0000);
+        let is_remote = rng.random_range(0..3) == 0;
+        let is_broken =
+            matches!(broken, Broken::RetryWithNewId | Broken::OldAnswerTaken | Broken::StateCopied);
+        match is_remote || is_broken {
+            // The longer the one before stands still, the more its successor has done by then.
+            true if broken == Broken::OldAnswerTaken => {
+                (Self::Remote, faults::long_takeover(terms, &mut rng))
+            }
+            true => (Self::Remote, faults::draw_of_source(terms, &mut rng)),
+            false => (Self::Embedded, Vec::new()),
+        }
     }
 }
 

@@ -13,8 +13,9 @@ use crate::clock::SkewedClock;
 use crate::fabric::Fabric;
 use crate::level::Level;
 use crate::memory::Memory;
+use crate::observer::Seen;
 use crate::plan::Plan;
-use crate::sockets::Sockets;
+use crate::process::Process;
 use crate::tlb::Entry;
 use crate::trace::{Life, Trace, What};
 
@@ -45,14 +46,16 @@ pub struct Shared {
     pub state: TempDir,
     /// How often the host agent was started.
     runs: Mutex<u64>,
-    /// How often it was killed.
-    pub kills: Level<u64>,
-    /// What it has open.
-    pub sockets: Sockets,
-    /// How often it was asked to hand over.
-    pub handovers_asked: Level<u64>,
-    /// How often it has.
-    pub handovers: Level<u64>,
+    /// The host agent's processes: the first, and the one that may take over from it.
+    pub agents: [Process; 2],
+    /// The one of them that was last to listen: where its name leads to.
+    pub newest: Level<usize>,
+    /// How often a successor was asked for.
+    pub takeovers_asked: Level<u64>,
+    /// What the host agent knows of its rounds, and does not tell over the wire.
+    pub seen: Mutex<Seen>,
+    /// A source on a machine of its own calls nobody any more.
+    pub source_is_done: Level<bool>,
 }
 
 /// How far the world is.
@@ -92,15 +95,17 @@ impl Shared {
             starts: Mutex::new(vec![0; devices]),
             kept: Mutex::default(),
             leases: Mutex::default(),
-            connections: Mutex::new(vec![0; devices]),
-            cuts: Mutex::new((0..devices).map(|_| CancellationToken::new()).collect()),
+            // One more than there are devices: the source's.
+            connections: Mutex::new(vec![0; devices + 1]),
+            cuts: Mutex::new((0..=devices).map(|_| CancellationToken::new()).collect()),
             // On memory, where there is such a thing: a disk's syncs would be most of what a world costs.
             state: tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap(),
             runs: Mutex::default(),
-            kills: Level::new(0),
-            sockets: Sockets::default(),
-            handovers_asked: Level::new(0),
-            handovers: Level::new(0),
+            agents: Default::default(),
+            newest: Level::new(0),
+            takeovers_asked: Level::new(0),
+            seen: Mutex::default(),
+            source_is_done: Level::new(false),
             plan,
         }
     }
@@ -129,6 +134,10 @@ impl Shared {
         let mut registered = self.registered.lock();
         *registered += 1;
         *registered % 2 == 1
+    }
+
+    pub fn starts_of_agent(&self) -> u64 {
+        *self.runs.lock()
     }
 
     /// The device makes a connection; cancelled when it is lost.

@@ -48,7 +48,7 @@ pub enum Ended {
 impl Source {
     pub fn new(shared: Arc<Shared>, host: Host, run: u64) -> Self {
         let rng = Arc::new(Mutex::new(shared.rng(1 + (run << 32))));
-        let asked_before = shared.handovers_asked.get();
+        let asked_before = shared.agents[0].handovers_asked.get();
         Self { shared, host, rng, run, asked_before }
     }
 
@@ -96,7 +96,7 @@ impl Source {
     }
 
     fn is_asked_to_stop(&self) -> bool {
-        self.shared.handovers_asked.get() > self.asked_before
+        self.shared.agents[0].handovers_asked.get() > self.asked_before
     }
 
     fn register(&self) {

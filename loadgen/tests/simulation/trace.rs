@@ -261,6 +261,41 @@ pub enum What {
     AgentCrashed,
     /// It has stopped as planned: its successor goes on with its sessions.
     HandedOver,
+    /// It has found that there is a successor, and ends.
+    Superseded {
+        host: u64,
+    },
+    /// A round of it that has targets, or a bracket, was opened.
+    RoundSeen {
+        host: u64,
+        space: u64,
+        seq: u64,
+    },
+
+    // A source on a machine of its own.
+    /// The run of the host agent that answers now knows the address space.
+    Registered {
+        space: u64,
+    },
+    /// A try of a call sets out.
+    Sent {
+        op: Op,
+    },
+    /// A try was answered: by which run, and with which round.
+    Heard {
+        op: Op,
+        host: u64,
+        /// How often its address space had been registered when it set out.
+        registered: u64,
+        seq: Option<u64>,
+    },
+    /// That answer is good: it comes with the next [`What::Answered`].
+    Taken {
+        op: Op,
+        host: u64,
+        /// How long the host agent says that it took, in virtual time.
+        took: Duration,
+    },
 
     // The path from the devices to the memory.
     FencerAsked {

@@ -7,10 +7,11 @@ use turmoil::Sim;
 
 use crate::agent;
 use crate::clock;
-use crate::device::{self, AGENT};
+use crate::device::{self, AGENTS};
 use crate::faults::{Fault, Planned};
 use crate::fencer::{self, FENCER};
-use crate::plan::{Plan, STORM, millis};
+use crate::plan::{Caller, Plan, STORM, millis};
+use crate::remote::{self, SOURCE};
 use crate::shared::{Shared, Stage};
 use crate::trace::{Event, What};
 
@@ -70,8 +71,14 @@ fn build<'a>(shared: &Arc<Shared>) -> Sim<'a> {
         .max_message_latency(plan.latency.most)
         .build();
     sim.set_message_latency_curve(plan.latency.curve);
-    let world = Arc::clone(shared);
-    sim.host(AGENT, move || agent::run(Arc::clone(&world)));
+    for (index, name) in agents(plan) {
+        let world = Arc::clone(shared);
+        sim.host(name, move || agent::run(Arc::clone(&world), index));
+    }
+    if plan.source == Caller::Remote {
+        let world = Arc::clone(shared);
+        sim.host(SOURCE, move || remote::run(Arc::clone(&world)));
+    }
     for device in plan.devices.clone() {
         let world = Arc::clone(shared);
         sim.host(device::name(device.index), move || device::run(Arc::clone(&world), device.clone()));
@@ -83,6 +90,12 @@ fn build<'a>(shared: &Arc<Shared>) -> Sim<'a> {
     sim
 }
 
+/// The host agent's processes: with a successor where one takes over.
+fn agents(plan: &Plan) -> impl Iterator<Item = (usize, &'static str)> {
+    let takes_over = plan.faults.iter().any(|planned| planned.fault == Fault::TakeOver);
+    AGENTS.into_iter().enumerate().take(1 + usize::from(takes_over))
+}
+
 /// The faults, as they begin and end.
 struct Weather<'a> {
     shared: &'a Shared,
@@ -90,6 +103,10 @@ struct Weather<'a> {
     next: Option<Planned>,
     going_on: Vec<(Duration, Fault)>,
     agent: Process,
+    /// Which of the host agent's processes that is.
+    current: usize,
+    /// Whether one that was taken over from has been cleared away.
+    old_is_gone: bool,
     /// Planned ends of the host agent that were seen.
     handovers: u64,
 }
@@ -107,7 +124,16 @@ impl<'a> Weather<'a> {
     fn new(shared: &'a Shared) -> Self {
         let mut coming = shared.plan.faults.clone().into_iter();
         let next = coming.next();
-        Self { shared, coming, next, going_on: Vec::new(), agent: Process::Up, handovers: 0 }
+        Self {
+            shared,
+            coming,
+            next,
+            going_on: Vec::new(),
+            agent: Process::Up,
+            current: 0,
+            old_is_gone: false,
+            handovers: 0,
+        }
     }
 
     fn change(&mut self, sim: &mut Sim<'_>, now: Duration) {
@@ -143,16 +169,20 @@ impl<'a> Weather<'a> {
 
     /// A process that has ended is cleared away, and started again when it is time.
     fn look_at_agent(&mut self, sim: &mut Sim<'_>) {
+        if self.current > 0 && !self.old_is_gone && !sim.is_host_running(AGENTS[0]) {
+            self.old_is_gone = true;
+            self.shared.trace.in_no_order(|| sim.crash(AGENTS[0]));
+        }
         if self.shared.stage.get() != Stage::Over
             && self.agent != Process::Down
-            && !sim.is_host_running(AGENT)
+            && !sim.is_host_running(AGENTS[self.current])
         {
-            let handovers = self.shared.handovers.get();
+            let handovers = self.shared.agents[self.current].handovers.get();
             if handovers == self.handovers {
                 self.shared.trace.record(What::AgentCrashed);
             }
             self.handovers = handovers;
-            self.shared.trace.in_no_order(|| sim.crash(AGENT));
+            self.shared.trace.in_no_order(|| sim.crash(AGENTS[self.current]));
             match self.agent {
                 Process::Restarting => self.start_agent(sim),
                 Process::Up | Process::Down => self.agent = Process::Down,
@@ -162,7 +192,7 @@ impl<'a> Weather<'a> {
 
     fn start_agent(&mut self, sim: &mut Sim<'_>) {
         self.agent = Process::Up;
-        sim.bounce(AGENT);
+        sim.bounce(AGENTS[self.current]);
     }
 
     /// What stopped it is over. Whoever asked it to stop does not wait any longer.
@@ -177,40 +207,73 @@ impl<'a> Weather<'a> {
     }
 
     fn kill_agent(&self) {
-        self.shared.kills.change(|kills| *kills += 1);
+        self.shared.agents[self.current].kills.change(|kills| *kills += 1);
     }
 
-    /// Each device's machine, and the fencer's: whatever the host agent is connected with.
-    fn each_peer(&self) -> impl Iterator<Item = String> {
-        let devices = self.shared.plan.devices.iter().map(|device| device::name(device.index));
-        devices.chain(self.shared.plan.fencer.iter().map(|_| FENCER.to_owned()))
+    /// Each way to the host agent, as the two ends of it.
+    fn each_link(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let plan = &self.shared.plan;
+        let source = (plan.source == Caller::Remote).then(|| SOURCE.to_owned());
+        let fencer = plan.fencer.iter().map(|_| FENCER.to_owned());
+        let peers = plan.devices.iter().map(|device| device::name(device.index)).chain(source).chain(fencer);
+        peers.flat_map(|peer| agents(plan).map(move |(_, agent)| (agent, peer.clone())))
+    }
+
+    /// Each way of one to the host agent.
+    fn links_of(&self, peer: impl Into<String>) -> impl Iterator<Item = (&'static str, String)> {
+        let peer = peer.into();
+        agents(&self.shared.plan).map(move |(_, agent)| (agent, peer.clone()))
     }
 
     fn tell(&self, what: &str, fault: Fault) {
         self.shared.trace.record(What::Fault(format!("{what} {fault:?}")));
     }
 
-    fn strike(&self, sim: &mut Sim<'_>, fault: Fault) {
+    fn strike(&mut self, sim: &mut Sim<'_>, fault: Fault) {
         match fault {
-            Fault::Partition(device) => sim.partition(AGENT, device::name(device)),
-            Fault::DeafDevice(device) => sim.partition_oneway(AGENT, device::name(device)),
-            Fault::MuteDevice(device) => sim.partition_oneway(device::name(device), AGENT),
-            Fault::Hold(device) => sim.hold(AGENT, device::name(device)),
+            Fault::Partition(device) => {
+                self.links_of(device::name(device)).for_each(|(agent, device)| sim.partition(agent, device));
+            }
+            Fault::DeafDevice(device) => {
+                self.links_of(device::name(device))
+                    .for_each(|(agent, device)| sim.partition_oneway(agent, device));
+            }
+            Fault::MuteDevice(device) => {
+                self.links_of(device::name(device))
+                    .for_each(|(agent, device)| sim.partition_oneway(device, agent));
+            }
+            Fault::Hold(device) => {
+                self.links_of(device::name(device)).for_each(|(agent, device)| sim.hold(agent, device));
+            }
             Fault::Crash(device) => self.crash(sim, device),
             Fault::PowerLoss(device) => {
-                sim.partition(AGENT, device::name(device));
+                self.links_of(device::name(device)).for_each(|(agent, device)| sim.partition(agent, device));
                 self.crash(sim, device);
             }
             Fault::Hang(device) => self.shared.hangs[device].change(|hangs| *hangs = true),
             Fault::Cut(device) => self.shared.cut(device),
-            Fault::FencerLost => sim.partition(AGENT, FENCER),
+            Fault::FencerLost => {
+                self.links_of(FENCER).for_each(|(agent, fencer)| sim.partition(agent, fencer));
+            }
             Fault::Loss => sim.set_fail_rate(LOSS),
             Fault::AgentCrash => self.kill_agent(),
             Fault::AgentPowerLoss => {
-                self.each_peer().for_each(|device| sim.partition(AGENT, device));
+                self.each_link().for_each(|(agent, peer)| sim.partition(agent, peer));
                 self.kill_agent();
             }
-            Fault::Handover => self.shared.handovers_asked.change(|asked| *asked += 1),
+            Fault::Handover => {
+                self.shared.agents[self.current].handovers_asked.change(|asked| *asked += 1);
+            }
+            Fault::CutSource => self.shared.cut(self.shared.plan.devices.len()),
+            Fault::PartitionSource => {
+                self.links_of(SOURCE).for_each(|(agent, source)| sim.partition(agent, source));
+            }
+            Fault::HoldSource => self.links_of(SOURCE).for_each(|(agent, source)| sim.hold(agent, source)),
+            Fault::TakeOver => {
+                sim.hold(AGENTS[0], SOURCE);
+                self.shared.takeovers_asked.change(|asked| *asked += 1);
+                (self.current, self.handovers) = (1, 0);
+            }
         }
     }
 
@@ -220,26 +283,46 @@ impl<'a> Weather<'a> {
 
     fn heal(&mut self, sim: &mut Sim<'_>, fault: Fault) {
         match fault {
-            Fault::Partition(device) => sim.repair(AGENT, device::name(device)),
-            Fault::DeafDevice(device) => sim.repair_oneway(AGENT, device::name(device)),
-            Fault::MuteDevice(device) => sim.repair_oneway(device::name(device), AGENT),
-            Fault::Hold(device) => sim.release(AGENT, device::name(device)),
+            Fault::Partition(device) => {
+                self.links_of(device::name(device)).for_each(|(agent, device)| sim.repair(agent, device));
+            }
+            Fault::DeafDevice(device) => {
+                self.links_of(device::name(device))
+                    .for_each(|(agent, device)| sim.repair_oneway(agent, device));
+            }
+            Fault::MuteDevice(device) => {
+                self.links_of(device::name(device))
+                    .for_each(|(agent, device)| sim.repair_oneway(device, agent));
+            }
+            Fault::Hold(device) => {
+                self.links_of(device::name(device)).for_each(|(agent, device)| sim.release(agent, device));
+            }
             Fault::Crash(device) => sim.bounce(device::name(device)),
             Fault::PowerLoss(device) => {
-                sim.repair(AGENT, device::name(device));
+                self.links_of(device::name(device)).for_each(|(agent, device)| sim.repair(agent, device));
                 sim.bounce(device::name(device));
             }
             Fault::Hang(device) => self.shared.hangs[device].change(|hangs| *hangs = false),
-            Fault::FencerLost => sim.repair(AGENT, FENCER),
-            Fault::Cut(_) => {}
+            Fault::FencerLost => {
+                self.links_of(FENCER).for_each(|(agent, fencer)| sim.repair(agent, fencer));
+            }
+            Fault::Cut(_) | Fault::CutSource => {}
+            Fault::PartitionSource => {
+                self.links_of(SOURCE).for_each(|(agent, source)| sim.repair(agent, source));
+            }
+            Fault::HoldSource => self.links_of(SOURCE).for_each(|(agent, source)| sim.release(agent, source)),
+            Fault::TakeOver => {
+                sim.release(AGENTS[0], SOURCE);
+                self.shared.agents[0].standstill.end();
+            }
             Fault::Loss => {
                 sim.set_fail_rate(0.0);
                 // What it broke and no message has repaired yet.
-                self.each_peer().for_each(|device| sim.repair(AGENT, device));
+                self.each_link().for_each(|(agent, peer)| sim.repair(agent, peer));
             }
             Fault::AgentCrash | Fault::Handover => self.restart_agent(sim),
             Fault::AgentPowerLoss => {
-                self.each_peer().for_each(|device| sim.repair(AGENT, device));
+                self.each_link().for_each(|(agent, peer)| sim.repair(agent, peer));
                 self.restart_agent(sim);
             }
         }

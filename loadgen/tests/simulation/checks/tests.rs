@@ -287,6 +287,76 @@ fn isolation_finds_an_answer_that_waited_for_others() {
 }
 
 #[test]
+fn isolation_finds_an_answer_over_the_wire_that_took_longer_than_its_targets() {
+    let took = |millis| What::Taken { op: OP, host: 1, took: Duration::from_millis(millis) };
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let late =
+        |millis| with(is_answer, vec![at(30, took(millis)), answered(30, Verdict::Quiesced, Outcome::Acked)]);
+    assert_eq!(finds("Isolation", &late(8)), 1);
+    assert_eq!(finds("Isolation", &late(6)), 0, "it was on its way");
+    let again = [at(11, What::Sent { op: OP }), at(12, What::Sent { op: OP })];
+    assert_eq!(finds("Isolation", &plus(late(8), again)), 0, "it was tried again");
+}
+
+/// The good trace over the wire, with what the host agent opened and the source heard of it.
+fn over_the_wire(more: impl IntoIterator<Item = Event>) -> Vec<Event> {
+    let heard = What::Heard { op: OP, host: 1, registered: 1, seq: Some(1) };
+    let wire = [
+        at(2, What::Registered { space: 1 }),
+        at(10, What::Sent { op: OP }),
+        at(10, What::RoundSeen { host: 1, space: 1, seq: 1 }),
+        at(15, heard),
+        at(15, What::Taken { op: OP, host: 1, took: Duration::from_millis(5) }),
+    ];
+    plus(plus(good(), wire), more)
+}
+
+#[test]
+fn one_outcome_finds_a_call_that_is_two_rounds() {
+    let heard = |host, registered, seq| at(16, What::Heard { op: OP, host, registered, seq });
+    assert_eq!(finds("OneOutcome", &over_the_wire([])), 0);
+    assert_eq!(finds("OneOutcome", &over_the_wire([heard(1, 1, Some(1))])), 0);
+    assert_eq!(finds("OneOutcome", &over_the_wire([heard(1, 1, Some(2))])), 1);
+    assert_eq!(finds("OneOutcome", &over_the_wire([heard(1, 1, None)])), 0, "it had no effect");
+    assert_eq!(finds("OneOutcome", &over_the_wire([heard(2, 1, Some(2))])), 0, "of a run that knew nothing");
+    assert_eq!(finds("OneOutcome", &over_the_wire([heard(1, 2, Some(2))])), 0, "it was registered again");
+}
+
+#[test]
+fn one_outcome_finds_a_round_of_two_calls() {
+    let (op, called, patience) = (Op(2), Called::Page, Patience::Unlimited);
+    let another = [
+        at(16, What::Call { op, called, pages: page(3), patience }),
+        at(17, What::Heard { op, host: 1, registered: 1, seq: Some(1) }),
+    ];
+    assert_eq!(finds("OneOutcome", &over_the_wire(another)), 1);
+}
+
+#[test]
+fn one_outcome_finds_a_round_that_nobody_was_told_of() {
+    let unheard = || at(12, What::RoundSeen { host: 1, space: 1, seq: 2 });
+    assert_eq!(finds("OneOutcome", &over_the_wire([unheard()])), 1);
+    let (op, called, patience) = (Op(2), Called::Page, Patience::Unlimited);
+    let called = [at(11, What::Call { op, called, pages: page(3), patience }), at(11, What::Sent { op })];
+    let called = plus(over_the_wire([unheard()]), called);
+    assert_eq!(finds("OneOutcome", &called), 0, "its caller never heard");
+    let page_after = |called| {
+        let tries = [
+            at(11, What::Call { op, called, pages: page(3), patience }),
+            at(11, What::Sent { op }),
+            at(18, What::HandedOver),
+            at(19, What::AgentStarted { incarnation: 1 }),
+            at(20, What::Heard { op, host: 1, registered: 1, seq: Some(3) }),
+        ];
+        plus(over_the_wire([unheard()]), tries)
+    };
+    assert_eq!(finds("OneOutcome", &page_after(Called::Page)), 0, "it is not handed over");
+    assert_eq!(finds("OneOutcome", &page_after(Called::RangeStart)), 1);
+    let crashed = [at(18, What::AgentCrashed), at(19, What::AgentStarted { incarnation: 2 })];
+    assert_eq!(finds("OneOutcome", &plus(over_the_wire([unheard()]), crashed)), 0, "it went with its run");
+}
+
+#[test]
 fn bounded_resolution_finds_a_round_that_lasts_too_long_or_for_ever() {
     let is_answer = |what: &What| matches!(what, What::Answered { .. });
     let mut late = answer(Verdict::Quiesced, Outcome::Acked);

@@ -47,8 +47,8 @@ use crate::session::holdings::Holdings;
 use crate::session::outgoing::Outgoing;
 use crate::session::requests::Requests;
 
-/// What is shared. Locks: the gate's is taken under that of the holdings, no other under another, and none is
-/// held across an await or a call into the vendor's code. A vendor may call in under locks of its own.
+/// What is shared. Locks: the gate's is taken under that of the holdings, that of what goes out under that of the
+/// requests, no other under another, and none is held across an await or a call into the vendor's code. A vendor may call in under locks of its own.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) config: DeviceConfig,
@@ -119,8 +119,7 @@ impl Session {
 
     /// The stream is lost. Uses go on until the lease ends.
     pub(crate) fn on_lost(&self) {
-        let unsent = self.outgoing.cut();
-        let again = self.requests.interrupt(&unsent);
+        let again = self.requests.interrupt(|| self.outgoing.cut());
         self.outgoing.ask_again(again);
     }
 

@@ -100,10 +100,14 @@ impl Requests {
     /// The stream was lost. Faults that were sent end, because what was granted meanwhile is not waited for;
     /// whatever else was sent is to be asked again, by the same request, in the order in which it was asked: the
     /// host agent may have done it already, and does not do it twice.
-    pub(crate) fn interrupt(&self, unsent: &HashSet<RequestId>) -> Vec<DeviceSays> {
+    ///
+    /// `cut` says which were not sent. It runs in the same step in which the table is looked through: a request that
+    /// entered the table between the two would be taken for sent, and go out twice.
+    pub(crate) fn interrupt(&self, cut: impl FnOnce() -> HashSet<RequestId>) -> Vec<DeviceSays> {
         let (mut again, mut ended) = (Vec::new(), Vec::new());
         {
             let mut table = self.table.lock();
+            let unsent = cut();
             let sent: Vec<RequestId> =
                 table.pending.keys().filter(|request| !unsent.contains(request)).copied().collect();
             for request in sent {
@@ -133,13 +137,32 @@ impl Requests {
         self.table.lock().pending.len()
     }
 
-    fn insert(&self, id: RequestId, pending: Pending) -> Result<(), Pending> {
+    /// Makes a request and hands it to `queue`, in one step with regard to [`Requests::interrupt`]. False: the session
+    /// is closed.
+    fn enter(
+        &self,
+        permit: OwnedSemaphorePermit,
+        make: impl FnOnce(RequestId) -> (DeviceSays, Reply),
+        queue: impl FnOnce(RequestId, DeviceSays),
+    ) -> Option<RequestId> {
+        let request = self.next_id();
+        // Dropped behind the lock where the session is closed: its sender wakes whoever waits.
+        let (says, reply) = make(request);
         let mut table = self.table.lock();
         if table.closed {
-            return Err(pending);
+            return None;
         }
-        table.pending.insert(id, pending);
-        Ok(())
+        table.pending.insert(request, Pending { reply, _permit: permit });
+        queue(request, says);
+        Some(request)
+    }
+
+    /// Forgets a request that `withdraw` took back before it was sent.
+    fn withdraw(&self, request: RequestId, withdraw: impl FnOnce() -> bool) {
+        let mut table = self.table.lock();
+        let pending = if withdraw() { table.pending.remove(&request) } else { None };
+        drop(table);
+        drop(pending);
     }
 }
 
@@ -162,21 +185,21 @@ impl Session {
         make: impl FnOnce(RequestId, oneshot::Sender<A>) -> (DeviceSays, Reply),
     ) -> Result<Asked<'_, A>, NotLive> {
         let (to, answer) = oneshot::channel();
-        let request = self.requests.next_id();
-        let (says, reply) = make(request, to);
-        self.requests.insert(request, Pending { reply, _permit: permit }).map_err(|_| self.not_live())?;
-        self.outgoing.request(request, says);
+        let queue = |request, says| self.outgoing.request(request, says);
+        let request = self.requests.enter(permit, |request| make(request, to), queue);
+        let request = request.ok_or_else(|| self.not_live())?;
         Ok(Asked { session: self, request: Some(request), answer })
     }
 
     /// Ends a subscription that nobody asked to keep. Without a permit to be had the session's end does.
     pub(crate) fn unsubscribe_unclaimed(&self, subscription: SubscriptionId) {
         let Ok(permit) = Arc::clone(&self.requests.subscription_permits).try_acquire_owned() else { return };
-        let request = self.requests.next_id();
-        let reply = Reply::Unsubscribe { subscription, to: None };
-        if self.requests.insert(request, Pending { reply, _permit: permit }).is_ok() {
-            self.outgoing.request(request, DeviceSays::Unsubscribe { request, subscription });
-        }
+        let make = |request| {
+            let reply = Reply::Unsubscribe { subscription, to: None };
+            (DeviceSays::Unsubscribe { request, subscription }, reply)
+        };
+        // Nobody waits for it: a session that is closed has ended the subscription.
+        let _ = self.requests.enter(permit, make, |request, says| self.outgoing.request(request, says));
     }
 }
 
@@ -192,10 +215,54 @@ impl<A> Asked<'_, A> {
 
 impl<A> Drop for Asked<'_, A> {
     fn drop(&mut self) {
-        if let Some(request) = self.request
-            && self.session.outgoing.withdraw(request)
-        {
-            self.session.requests.take(request);
+        if let Some(request) = self.request {
+            self.session.requests.withdraw(request, || self.session.outgoing.withdraw(request));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shootdown_core::{AddrRange, AddressSpaceId, CauseSet};
+
+    fn subscribe(request: RequestId) -> (DeviceSays, Reply) {
+        let ask = Subscribe {
+            request,
+            address_space: AddressSpaceId::FIRST,
+            ranges: vec![AddrRange::ALL],
+            causes: CauseSet::EVERY,
+            wants_end: false,
+        };
+        (DeviceSays::Subscribe(ask.clone()), Reply::Subscribe { ask, to: oneshot::channel().0 })
+    }
+
+    /// The host agent would make a second subscription, which nobody has asked for.
+    #[test]
+    fn a_request_that_is_made_while_the_stream_is_lost_goes_out_once() {
+        const REQUESTS: usize = 60_000;
+        let requests = Requests::new(1);
+        let queue: Mutex<Vec<RequestId>> = Mutex::default();
+        let mut sent = HashSet::new();
+        std::thread::scope(|threads| {
+            let asking = threads.spawn(|| {
+                let all = Arc::new(Semaphore::new(REQUESTS));
+                for _ in 0..REQUESTS {
+                    let permit = Arc::clone(&all).try_acquire_owned().unwrap();
+                    requests.enter(permit, subscribe, |request, _| queue.lock().push(request)).unwrap();
+                }
+            });
+            // Each time all that waits is sent, and the stream is lost.
+            while !asking.is_finished() || !queue.lock().is_empty() {
+                sent.extend(queue.lock().drain(..));
+                let again = requests.interrupt(|| queue.lock().iter().copied().collect());
+                for says in &again {
+                    let DeviceSays::Subscribe(ask) = says else { panic!("{says:?}") };
+                    assert!(sent.contains(&ask.request), "it waits as well: {}", ask.request);
+                }
+                // So that the table stays small.
+                sent.drain().for_each(|request| drop(requests.take(request)));
+            }
+        });
     }
 }

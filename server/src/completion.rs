@@ -33,7 +33,7 @@ pub(crate) struct WaitingRound {
     /// Rung once, by whoever resolves the last target. Only the round's task listens.
     complete: Notify,
     /// Set by the round's task after the read section has ended. Any number of callers listen.
-    finished: SetOnce<()>,
+    finished: SetOnce<Moment>,
     /// Cancelled when the round's task is dropped with its runtime: nobody will finish the round.
     lost: CancellationToken,
     /// Whether each target is certain to stop: by nobody, if one of them is not.
@@ -127,7 +127,7 @@ impl WaitingRound {
         let enforcement = Enforcement::ByDevice;
         let run = (clock, host_incarnation);
         let round = Self::new(event, [], EndedBy::Caller, enforcement, clock.now(), run);
-        round.finished.set(()).expect("nobody else has it yet");
+        round.finished.set(clock.now()).expect("nobody else has it yet");
         Self { of_an_earlier_run: true, ..round }
     }
 
@@ -224,7 +224,8 @@ impl WaitingRound {
 
     fn result(&self) -> RoundResult {
         let ledger = self.round.lock();
-        let verdict = if self.finished.initialized() { Verdict::Quiesced } else { Verdict::NotQuiesced };
+        let finished = self.finished.get().copied();
+        let verdict = if finished.is_some() { Verdict::Quiesced } else { Verdict::NotQuiesced };
         RoundResult {
             verdict,
             seq: Some(ledger.round.event().seq),
@@ -238,6 +239,7 @@ impl WaitingRound {
                 dispatched: ledger.dispatched,
                 // Without a target it was complete when it was called, which may be long before it was dispatched.
                 resolved: ledger.round.completed().map(|completed| completed.max(ledger.dispatched)),
+                finished,
                 answered: self.clock.now(),
             },
         }
@@ -271,7 +273,7 @@ pub(crate) fn finish(round: &WaitingRound, owned: Owned) {
         let mut ledger = round.round.lock();
         // Under the lock, so that `on_end` either comes before, and leaves the end to this task, or
         // sees the round finished, and ends the bracket itself.
-        round.finished.set(()).expect("a round is finished by its one task, once");
+        round.finished.set(round.clock.now()).expect("a round is finished by its one task, once");
         (*ledger.round.event(), ledger.bracket, ledger.parked.take())
     };
     // What is unmapped is not young any more; whatever else is invalidated may be asked for again.

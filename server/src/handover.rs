@@ -157,7 +157,13 @@ fn quiesced_before(host: &Host, seq: Option<Seq>) -> RoundResult {
         young: true,
         dirty: true,
         host_incarnation: host.incarnation(),
-        times: RoundTimes { called: now, dispatched: now, resolved: None, answered: now },
+        times: RoundTimes {
+            called: now,
+            dispatched: now,
+            resolved: None,
+            finished: Some(now),
+            answered: now,
+        },
     }
 }
 

@@ -539,7 +539,13 @@ impl Host {
     }
 
     fn nothing_waits(&self, verdict: Verdict, seq: Option<Seq>, called: Moment) -> RoundResult {
-        let times = RoundTimes { called, dispatched: called, resolved: None, answered: self.clock().now() };
+        let times = RoundTimes {
+            called,
+            dispatched: called,
+            resolved: None,
+            finished: None,
+            answered: self.clock().now(),
+        };
         RoundResult {
             verdict,
             seq,

@@ -115,6 +115,10 @@ impl Process {
         Ok(Self { name, child, pid, log })
     }
 
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
     fn signal(&self, signal: Signal, done: &'static str) -> Result<(), ProcessError> {
         kill_process(self.pid, signal).map_err(|error| ProcessError::Signal {
             name: self.name.clone(),

@@ -38,9 +38,13 @@ fn write_text(out: &mut impl Write, verdict: &Verdict) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "longest round   {:.0} ms; T_ack and T_fence are {:.0} ms, the limit is {:.0} ms; the machine kept a process \
-         waiting for {:.0} ms",
-        verdict.longest_round_ms, verdict.bound_ms, verdict.limit_ms, verdict.longest_stall_ms
+        "longest round   {:.0} ms, {:.0} ms without waits for a processor; T_ack and T_fence are {:.0} ms, the limit \
+         is {:.0} ms; the machine kept a process waiting for {:.0} ms",
+        verdict.longest_round_ms,
+        verdict.longest_running_ms,
+        verdict.bound_ms,
+        verdict.limit_ms,
+        verdict.longest_stall_ms
     )?;
     writeln!(
         out,

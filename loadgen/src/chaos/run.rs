@@ -27,7 +27,6 @@ use super::plan::{Broken, ChaosArgs, DevicePlan, FaultKind, Places};
 use super::process::{Process, ProcessError, Sockets, Start, start_device, start_host_agent};
 use super::report;
 use super::shared::{Phase, Shared};
-use super::stall::StallWatch;
 use super::verdict::{Devices, Ended, LeftOut, Verdict};
 use super::vmm::{self, Shape, Vmm, VmmError};
 use crate::check::table::TableError;
@@ -157,7 +156,6 @@ fn remove_what_killed_runs_left() {
 
 struct Chaos {
     field: Arc<Field>,
-    stalls: StallWatch,
     left_out: Vec<LeftOut>,
     tasks: JoinSet<Result<Task, ChaosError>>,
     /// Those that have ended as they should.
@@ -198,7 +196,7 @@ impl Chaos {
         let vmm = Arc::new(Vmm::new(&places, shared, shape)?);
 
         let mut host = start_host_agent(args, &places, &sockets, Start::Alone)?;
-        vmm.on_host_started();
+        vmm.on_host_started(&host);
         let mut tasks = JoinSet::new();
         let faults = vmm::serve(Arc::clone(&vmm));
         tasks.spawn(async move { Ok(faults.await.map(|()| Task::Faults)?) });
@@ -247,8 +245,7 @@ impl Chaos {
             left: Mutex::new(args.count),
             over: CancellationToken::new(),
         });
-        let stalls = StallWatch::start(Clock::boottime()).map_err(files("thread"))?;
-        let mut chaos = Self { field, stalls, left_out, tasks, ended: Vec::new() };
+        let mut chaos = Self { field, left_out, tasks, ended: Vec::new() };
         let field = Arc::clone(&chaos.field);
         tokio::select! {
             // Not biased: whichever is first.
@@ -372,7 +369,7 @@ impl Chaos {
             rule: field.args.rule,
             bound: field.args.ack_timeout + field.args.lease_terms().host_duration(),
             margin: field.args.lease_terms().margin,
-            longest_stall: self.stalls.longest(),
+            longest_stall: field.vmm.longest_stall(),
             left_out: std::mem::take(&mut self.left_out),
             tally,
             host: ledger,

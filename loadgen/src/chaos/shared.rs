@@ -25,6 +25,8 @@ pub(crate) struct Status {
     pub(crate) flushes: u64,
     /// Grants that were installed.
     pub(crate) grants: u64,
+    /// When the last of them was asked for, on the machine's clock.
+    pub(crate) last_asked: u64,
     /// Sessions that ended because the lease had run out, by either side's word.
     pub(crate) lapses: u64,
     /// Answers of a host agent that had been replaced.
@@ -91,7 +93,7 @@ impl Orders {
 }
 
 impl Row for Status {
-    const WORDS: usize = 11;
+    const WORDS: usize = 12;
 
     fn to_words(&self) -> Vec<u64> {
         vec![
@@ -102,6 +104,7 @@ impl Row for Status {
             self.sessions,
             self.flushes,
             self.grants,
+            self.last_asked,
             self.lapses,
             self.superseded,
             self.unflushed_grants,
@@ -118,6 +121,7 @@ impl Row for Status {
             sessions,
             flushes,
             grants,
+            last_asked,
             lapses,
             superseded,
             unflushed_grants,
@@ -134,6 +138,7 @@ impl Row for Status {
             sessions,
             flushes,
             grants,
+            last_asked,
             lapses,
             superseded,
             unflushed_grants,
@@ -234,7 +239,7 @@ mod tests {
 
     #[test]
     fn rows_are_read_back() {
-        let status = Status { incarnation: 1, valid_until: 4, swept: 11, ..Status::default() };
+        let status = Status { incarnation: 1, valid_until: 4, swept: 12, ..Status::default() };
         assert_eq!(Status::from_words(&status.to_words()), Some(status));
         let counts = Counts { reads: 1, in_write: 8, ..Counts::default() };
         assert_eq!(Counts::from_words(&counts.to_words()), Some(counts));

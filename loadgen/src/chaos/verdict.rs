@@ -45,11 +45,13 @@ pub struct Verdict {
     /// The longest round, as the host agent measured it, without the time for which it was stopped itself;
     /// in milliseconds.
     pub longest_round_ms: f64,
+    /// The longest without the time in which the host agent's threads waited for a processor, in milliseconds.
+    pub longest_running_ms: f64,
     /// T_ack and T_fence together, in milliseconds.
     pub bound_ms: f64,
     /// What a round must not exceed, in milliseconds.
     pub limit_ms: f64,
-    /// The longest that the machine kept a process of the run from running, in milliseconds.
+    /// The longest that the machine kept the run's own process from running, in milliseconds.
     pub longest_stall_ms: f64,
     /// Faults that were asked for and cannot be injected here, and why.
     pub left_out: Vec<LeftOut>,
@@ -146,6 +148,7 @@ impl Ended {
         let millis = |time: Duration| time.as_secs_f64() * 1e3;
         let limit = bound + (bound * ALLOWANCE / 100).max(LEAST_ALLOWANCE);
         let longest = Duration::from_nanos(host.longest_round_ns);
+        let running = Duration::from_nanos(host.longest_running_ns);
         let lost = devices.lost_writes + host.lost_writes + host.writes_after_release;
         let mut wrong = Vec::new();
         let mut must_be_none = |count: u64, what: &str| {
@@ -174,8 +177,10 @@ impl Ended {
             slow.push(format!("a round took {longest:?}, and must not take more than {limit:?}"));
         }
         slow.extend(unfinished.iter().map(|what| format!("at the end, {what}")));
-        let stalled =
-            longest_stall > margin && !slow.is_empty() && longest <= limit + longest_stall * STALLS_A_ROUND;
+        let stalls = longest_stall > margin && longest <= limit + longest_stall * STALLS_A_ROUND;
+        // The host agent itself was not run for as long as its round was too long.
+        let starved = longest > limit && running <= limit;
+        let stalled = !slow.is_empty() && (stalls || starved);
         let is_wrong = !wrong.is_empty() || (!slow.is_empty() && !stalled && !not_found);
         let injected: u64 = tally.faults.values().map(|fault| fault.injected).sum();
         let shown = [
@@ -197,7 +202,7 @@ impl Ended {
         failings.extend(stalled.then(|| {
             format!(
                 "nothing was shown: the machine kept a process waiting for {longest_stall:?}, and the margin of the \
-                 lease is {margin:?}"
+                 lease is {margin:?}; no round took longer than {running:?} of the time that the host agent was run"
             )
         }));
         failings.extend(not_found.then(|| Failing::BreakNotFound.to_string()));
@@ -212,6 +217,7 @@ impl Ended {
             stale_reads: devices.stale_reads,
             lost_writes: lost,
             longest_round_ms: millis(longest),
+            longest_running_ms: millis(running),
             bound_ms: millis(bound),
             limit_ms: millis(limit),
             longest_stall_ms: millis(longest_stall),
@@ -246,6 +252,11 @@ mod tests {
     use super::*;
     use crate::chaos::inject::FaultTally;
 
+    /// The longest round took so long, and the host agent ran all the time.
+    fn of_rounds(longest: u64) -> Ledger {
+        Ledger { rounds: 1, longest_round_ns: longest, longest_running_ns: longest, ..Ledger::default() }
+    }
+
     fn ended() -> Ended {
         let mut tally = Tally::default();
         tally.faults.insert(FaultKind::HostKill, FaultTally { injected: 1, ..FaultTally::default() });
@@ -259,7 +270,7 @@ mod tests {
             longest_stall: Duration::from_millis(3),
             left_out: Vec::new(),
             tally,
-            host: Ledger { rounds: 1, longest_round_ns: 839_000_000, ..Ledger::default() },
+            host: of_rounds(839_000_000),
             devices: Devices { reads: 1, writes: 1, ..Devices::default() },
             findings: Vec::new(),
             unfinished: Vec::new(),
@@ -285,7 +296,7 @@ mod tests {
             |run| run.tally.went_on_past_the_lease = 1,
             |run| run.tally.acted_though_replaced = 1,
             |run| run.tally.not_recovered = 1,
-            |run| run.host.longest_round_ns = 841_000_000,
+            |run| run.host = of_rounds(841_000_000),
         ];
         for (number, change) in changes.iter().enumerate() {
             let mut run = ended();
@@ -310,7 +321,7 @@ mod tests {
         assert_eq!(verdict.failings, [Failing::BreakNotFound.to_string()]);
         // Nor is it by what a slow machine does, too.
         let mut run = ended();
-        (run.rule, run.host.longest_round_ns) = (Some(Broken::Lease), 841_000_000);
+        (run.rule, run.host) = (Some(Broken::Lease), of_rounds(841_000_000));
         let verdict = run.judge();
         assert!(verdict.has_shown_nothing() && !verdict.is_wrong() && verdict.failings.len() == 2);
         let mut run = ended();
@@ -349,17 +360,17 @@ mod tests {
     #[test]
     fn a_short_bound_leaves_a_shared_machine_its_time() {
         let mut run = ended();
-        (run.bound, run.host.longest_round_ns) = (Duration::from_millis(105), 204_000_000);
+        (run.bound, run.host) = (Duration::from_millis(105), of_rounds(204_000_000));
         assert!(run.judge().passed);
         let mut run = ended();
-        (run.bound, run.host.longest_round_ns) = (Duration::from_millis(105), 206_000_000);
+        (run.bound, run.host) = (Duration::from_millis(105), of_rounds(206_000_000));
         assert!(run.judge().is_wrong());
     }
 
     #[test]
     fn what_is_slow_where_the_machine_stalls_for_longer_than_the_margin_is_not_told_as_found() {
         let slow: [fn(&mut Ended); 3] = [
-            |run| run.host.longest_round_ns = 841_000_000,
+            |run| run.host = of_rounds(841_000_000),
             |run| run.tally.not_recovered = 1,
             |run| run.unfinished.push("a device did not leave"),
         ];
@@ -375,8 +386,15 @@ mod tests {
         run.longest_stall = Duration::from_millis(101);
         assert!(run.judge().passed, "it was fast enough all the same");
         let mut run = ended();
-        (run.host.longest_round_ns, run.longest_stall) = (2_000_000_000, Duration::from_millis(101));
+        (run.host, run.longest_stall) = (of_rounds(2_000_000_000), Duration::from_millis(101));
         assert!(run.judge().is_wrong(), "stalls do not explain that");
+        let mut run = ended();
+        run.host = Ledger { longest_running_ns: 839_000_000, ..of_rounds(2_000_000_000) };
+        let verdict = run.judge();
+        assert!(
+            verdict.has_shown_nothing() && !verdict.is_wrong() && !verdict.passed,
+            "it was not run: {verdict:?}"
+        );
         let mut run = ended();
         (run.devices.stale_reads, run.longest_stall) = (1, Duration::from_millis(101));
         assert!(run.judge().is_wrong(), "no machine is too slow to be safe on");

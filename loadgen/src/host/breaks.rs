@@ -347,7 +347,13 @@ impl<N: Notifier> Breaks<N> {
     }
 
     fn pretend(&self, seq: Option<Seq>, called: Moment) -> RoundResult {
-        let times = RoundTimes { called, dispatched: called, resolved: None, answered: self.clock.now() };
+        let times = RoundTimes {
+            called,
+            dispatched: called,
+            resolved: None,
+            finished: None,
+            answered: self.clock.now(),
+        };
         RoundResult {
             verdict: Verdict::Quiesced,
             seq,

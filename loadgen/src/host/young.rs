@@ -237,7 +237,7 @@ mod tests {
             young,
             dirty: false,
             host_incarnation: Incarnation::FIRST,
-            times: RoundTimes { called: now, dispatched: now, resolved: None, answered: now },
+            times: RoundTimes { called: now, dispatched: now, resolved: None, finished: None, answered: now },
         }
     }
 

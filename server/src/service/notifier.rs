@@ -334,7 +334,7 @@ pub(crate) fn wire_result(result: &RoundResult) -> v1::RoundResult {
         .into(),
         seq: result.seq.map_or(0, Seq::get),
         targets: result.targets.iter().map(wire_target).collect(),
-        elapsed_ns: nanos(result.times.answered.since(result.times.called)),
+        elapsed_ns: nanos(result.times.elapsed()),
         dirty: result.dirty,
         host_incarnation: result.host_incarnation.get(),
     }

@@ -92,8 +92,19 @@ pub struct RoundTimes {
     pub dispatched: Moment,
     /// The last target was resolved. `None` while one is waiting.
     pub resolved: Option<Moment>,
+    /// It was over, and Quiesced from then on, whenever its outcome is asked for. `None` while it is not.
+    pub finished: Option<Moment>,
     /// The caller was about to be answered.
     pub answered: Moment,
+}
+
+impl RoundTimes {
+    /// From the call to the verdict. Of a round that is over it is the same whenever it is asked for: who tries again
+    /// because the first answer was lost is not told of that.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        self.finished.unwrap_or(self.answered).since(self.called)
+    }
 }
 
 /// What became of a round.

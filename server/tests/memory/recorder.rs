@@ -370,7 +370,13 @@ impl Recorder {
         drop(state);
         let verdict = if answer.is_quiesced() { Verdict::Quiesced } else { Verdict::NotQuiesced };
         let answered = self.tick();
-        let times = RoundTimes { called, dispatched: called, resolved: Some(answered), answered };
+        let times = RoundTimes {
+            called,
+            dispatched: called,
+            resolved: Some(answered),
+            finished: Some(answered),
+            answered,
+        };
         let host_incarnation = Incarnation::FIRST;
         let targets = Vec::new();
         Ok(RoundResult { verdict, seq: Some(seq), targets, young, dirty: false, host_incarnation, times })

@@ -52,6 +52,24 @@ async fn a_retry_beside_the_first_try_joins_its_round() {
     assert!(device.is_silent().await);
 }
 
+/// A round lasts until its devices have stopped. How long its answer was lost is another matter.
+#[tokio::test]
+async fn a_round_that_is_over_lasted_as_long_whenever_it_is_asked_for() {
+    let agent = Agent::start();
+    let vmm = Vmm::start(&agent).await;
+    let mut device = agent.device("gpu").await;
+    device.subscribe(vmm.id(), pages(1, 1)).await;
+    let started = vmm.invalidating(vmm.unmap(pages(1, 1), "a"));
+    let notice = device.notice().await.number;
+    device.ack(notice).await;
+    let result = started.await.unwrap().unwrap();
+    assert!(result.elapsed_ns >= result.targets[0].elapsed_ns);
+    let again = vmm.invalidate(vmm.unmap(pages(1, 1), "a")).await.unwrap();
+    let wait = v1::AwaitRoundRequest { address_space_id: vmm.space, seq: result.seq, ..Default::default() };
+    let awaited = soon(vmm.calls.clone().await_round(wait)).await.unwrap().into_inner().result.unwrap();
+    assert_eq!([again.elapsed_ns, awaited.elapsed_ns], [result.elapsed_ns; 2]);
+}
+
 #[tokio::test]
 async fn a_bracket_whose_caller_lost_its_connection_waits_for_the_retry() {
     let agent = Agent::start();

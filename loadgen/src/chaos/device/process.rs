@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use shootdown_client::{
     AddrRange, AddressSpaceId, ConnectError, Device, DeviceConfig, DeviceId, DeviceIdError, EndCause,
-    Endpoint, FlushAllCause, Reason, SubscribeError, SubscribeOptions,
+    Endpoint, FlushAllCause, Moment, Reason, SubscribeError, SubscribeOptions,
 };
 use tokio::task::JoinSet;
 
@@ -149,7 +149,8 @@ impl Bulletin {
         });
     }
 
-    pub(super) fn on_granted(&self, device: &Device<Tlb>) {
+    /// `asked` is when the fault began: what was asked for before the device was stopped may be counted after it.
+    pub(super) fn on_granted(&self, device: &Device<Tlb>, asked: Moment) {
         let session = device.session_id().get();
         self.change(|state| {
             if session != state.granted_in {
@@ -158,6 +159,7 @@ impl Bulletin {
                 state.flushed_since = false;
             }
             state.status.grants += 1;
+            state.status.last_asked = state.status.last_asked.max(asked.as_nanos());
         });
     }
 

@@ -208,12 +208,13 @@ impl Worker {
         let address_space = AddressSpaceId::new(self.bench.plan.address_space)?;
         let start = address_of(page);
         let range = AddrRange::new(start, start + PAGE_BYTES as u64).ok()?;
+        let asked = self.bench.clock.real();
         let fault = device.fault_ticketed(address_space, range, Access::Write);
         let grant = tokio::time::timeout(FAULT, fault).await.ok()?.ok()?;
         let ticket = grant.tickets.into_iter().next()?;
         let frame = ticket.frame().0;
         let mapping = ticket.commit().ok()?;
-        self.bench.bulletin.on_granted(&device);
+        self.bench.bulletin.on_granted(&device, asked);
         let entry = Arc::new(Entry { mapping, frame, gate: device.gate(), generation: OnceLock::new() });
         self.bench.tlb.install(page, Arc::clone(&entry));
         Some(entry)

@@ -51,9 +51,9 @@ impl Field {
             FaultKind::DeviceKill => {
                 process.kill().await?;
                 // Not a grant of the new one.
-                let killed = self.status(device)?;
+                let killed = self.vmm.clock.now();
                 *process = start_device(&slot.plan, slot.network.as_deref(), self.args.verbose)?;
-                let recovered = self.recovered(device, &killed).await?;
+                let recovered = self.recovered(device, killed).await?;
                 self.outcome(kind, recovered.map_or("did not come back", |_| "restarted"));
                 return Ok(());
             }
@@ -88,10 +88,10 @@ impl Field {
             }
             FaultKind::HostKill | FaultKind::HostStop | FaultKind::HostTakeOver | FaultKind::HostRestart => {}
         }
-        // What it grants until here may be of the time before.
-        let healed = self.status(device)?;
+        // What it asked for until here may be of the time before.
+        let healed = self.vmm.clock.now();
         self.order(device, Orders::default())?;
-        let Some(after) = self.recovered(device, &healed).await? else {
+        let Some(after) = self.recovered(device, healed).await? else {
             self.outcome(kind, "did not come back");
             return Ok(());
         };

@@ -79,7 +79,7 @@ impl Field {
         }
         let rounds = self.vmm.ledger.lock().rounds;
         *host = start_host_agent(&self.args, &self.places, &self.sockets, Start::Alone)?;
-        self.vmm.on_host_started();
+        self.vmm.on_host_started(host);
         Ok(rounds)
     }
 
@@ -122,9 +122,10 @@ impl Field {
         let rounds = self.vmm.ledger.lock().rounds;
         let successor = start_host_agent(&self.args, &self.places, &self.sockets, Start::TakeOver)?;
         let mut old = std::mem::replace(host, successor);
-        self.vmm.on_host_started();
-        let over = self.a_round_is_over(rounds).await;
+        // What the old one says of its rounds is passed over from here on: whether it stands still is all the same.
         self.vmm.on_host_went_on();
+        self.vmm.on_host_started(host);
+        let over = self.a_round_is_over(rounds).await;
         old.go_on()?;
         if !over {
             self.outcome(kind, "the successor did not work");
@@ -169,13 +170,13 @@ impl Field {
             host.kill().await?;
         }
         *host = start_host_agent(&self.args, &self.places, &self.sockets, Start::Alone)?;
-        self.vmm.on_host_started();
+        self.vmm.on_host_started(host);
         if !self.a_round_is_over(rounds).await {
             self.outcome(kind, "did not come back");
             return Ok(());
         }
-        let started = self.statuses()?;
-        for (device, (before, started)) in before.iter().zip(&started).enumerate() {
+        let started = self.vmm.clock.now();
+        for (device, before) in before.iter().enumerate() {
             let after = self.recovered(device, started).await?;
             let same = after.is_some_and(|after| {
                 before.session != 0 && (after.session, after.flushes) == (before.session, before.flushes)

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use rand::RngExt as _;
 use rand::rngs::SmallRng;
 use serde::Serialize;
+use shootdown_client::Moment;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio_util::sync::CancellationToken;
 
@@ -164,11 +165,11 @@ impl Field {
 
     /// Until the device works: it has a session, and was granted something since `before`. `None`: it does
     /// not.
-    async fn recovered(&self, device: usize, before: &Status) -> Result<Option<Status>, TableError> {
+    async fn recovered(&self, device: usize, since: Moment) -> Result<Option<Status>, TableError> {
         let looked = async {
             loop {
                 let status = self.status(device)?;
-                let granted = status.grants > before.grants;
+                let granted = status.last_asked > since.as_nanos();
                 if status.session != 0 && granted {
                     return Ok(status);
                 }
@@ -253,7 +254,7 @@ impl Field {
     /// Until every device works for the first time.
     pub(crate) async fn all_live(&self) -> Result<bool, TableError> {
         for device in 0..self.devices.len() {
-            if self.recovered(device, &Status::default()).await?.is_none() {
+            if self.recovered(device, Moment::default()).await?.is_none() {
                 return Ok(false);
             }
         }

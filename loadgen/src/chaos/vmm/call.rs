@@ -148,10 +148,15 @@ impl Vmm {
     fn on_quiesced(&self, result: &RoundResult, began: Moment, tries: u64) {
         let now = self.clock.now();
         let elapsed = Duration::from_nanos(result.elapsed_ns);
-        let from = Moment::from_nanos(now.as_nanos().saturating_sub(result.elapsed_ns)).max(began);
+        // Of a call that was tried again nobody knows when between its first try and now its round was.
+        let most_ago = if tries > 1 { u64::MAX } else { result.elapsed_ns };
+        let from = Moment::from_nanos(now.as_nanos().saturating_sub(most_ago)).max(began);
         let elapsed = elapsed.saturating_sub(self.stood_still(from, now));
+        let is_long = elapsed > Duration::from_nanos(self.ledger.lock().longest_running_ns);
+        // To ask costs more than most rounds do.
+        let waited = if is_long { self.stalls.waited_since(from) } else { Duration::ZERO };
         let mut ledger = self.ledger.lock();
-        ledger.on_round(elapsed);
+        ledger.on_round(elapsed, waited);
         ledger.on_call(tries, now.since(began));
         for target in &result.targets {
             match target.outcome() {

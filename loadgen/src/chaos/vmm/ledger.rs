@@ -14,6 +14,8 @@ pub(crate) struct Ledger {
     pub(crate) not_quiesced_first: u64,
     /// The longest, in nanoseconds, without the time for which the host agent itself was stopped.
     pub(crate) longest_round_ns: u64,
+    /// The longest without the time in which the host agent's threads waited for a processor, in nanoseconds.
+    pub(crate) longest_running_ns: u64,
     /// The longest that a caller waited for its outcome, whatever became of the host agent, in nanoseconds.
     pub(crate) longest_call_ns: u64,
     /// Targets, by how they stopped.
@@ -49,10 +51,11 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// A round is over.
-    pub(super) fn on_round(&mut self, elapsed: Duration) {
+    /// A round is over, during which the host agent waited for a processor for `waited`.
+    pub(super) fn on_round(&mut self, elapsed: Duration, waited: Duration) {
         self.rounds += 1;
         self.longest_round_ns = self.longest_round_ns.max(nanos(elapsed));
+        self.longest_running_ns = self.longest_running_ns.max(nanos(elapsed.saturating_sub(waited)));
     }
 
     pub(super) fn on_call(&mut self, tries: u64, took: Duration) {

@@ -22,7 +22,9 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::content::Frames;
 use super::plan::{Broken, Places};
+use super::process::Process;
 use super::shared::{Shared, tell};
+use super::stall::StallWatch;
 use crate::check::table::TableError;
 use ledger::HostView;
 use memory::Memory;
@@ -70,6 +72,7 @@ pub(crate) struct Vmm {
     pub(crate) clock: Clock,
     pub(crate) shared: Arc<Shared>,
     pub(crate) ledger: Mutex<Ledger>,
+    stalls: StallWatch,
     host: Mutex<HostView>,
     places: Places,
     shape: Shape,
@@ -115,6 +118,7 @@ impl Vmm {
             clock: Clock::boottime(),
             shared,
             ledger: Mutex::default(),
+            stalls: StallWatch::start(Clock::boottime())?,
             host: Mutex::default(),
             places: places.clone(),
             shape,
@@ -145,7 +149,8 @@ impl Vmm {
     }
 
     /// A host agent was started: what it says is its own word.
-    pub(crate) fn on_host_started(&self) {
+    pub(crate) fn on_host_started(&self, host: &Process) {
+        self.stalls.follow(host.pid());
         self.host.lock().starts += 1;
     }
 
@@ -160,6 +165,11 @@ impl Vmm {
         if let Some((_, until)) = self.host.lock().stops.last_mut() {
             *until = Some(now);
         }
+    }
+
+    /// The longest that the machine kept this process from running.
+    pub(crate) fn longest_stall(&self) -> Duration {
+        self.stalls.longest()
     }
 
     /// How long the host agent stood still in this time.

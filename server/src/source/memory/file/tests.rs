@@ -30,7 +30,8 @@ enum Gate {
 
 fn quiesced() -> RoundResult {
     let at = Moment::from_nanos(0);
-    let times = RoundTimes { called: at, dispatched: at, resolved: Some(at), answered: at };
+    let times =
+        RoundTimes { called: at, dispatched: at, resolved: Some(at), finished: Some(at), answered: at };
     RoundResult {
         verdict: Verdict::Quiesced,
         seq: Seq::new(1),

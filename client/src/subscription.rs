@@ -175,7 +175,8 @@ impl Subscription {
         })?;
         match asked.answer().await? {
             Ok(()) => Ok(()),
-            // The address space was released meanwhile.
+            // The address space was released meanwhile; or it was done, and the answer was lost with a stream or with
+            // a host agent that ended as planned.
             Err(error) if error.reason == Reason::SubscriptionUnknown => Ok(()),
             Err(error) => Err(UnsubscribeError::Refused(error)),
         }

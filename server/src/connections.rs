@@ -5,6 +5,10 @@
 //! beyond [`ConnectionLimits::most`] is closed at once, and one on which nothing is asked for
 //! [`ConnectionLimits::first_request_within`] by itself.
 //!
+//! A connection that was used once may stay idle for as long as its other end is there, which TCP's keepalive looks
+//! after (see [`crate::listen`]): a device may read no bytes for hours, and to close what may be written to at that
+//! moment would lose a call. It costs a descriptor, and those are counted.
+//!
 //! Which of them are of devices is not known before they speak: whoever opens many and asks for little on each
 //! keeps devices out until it is stopped elsewhere. It keeps no source out, and no administrator.
 

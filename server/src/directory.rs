@@ -99,7 +99,8 @@ impl Directory {
     }
 
     /// Makes an address space known by the name that an earlier run gave it. One that a planned end handed over
-    /// is known already: its source finds it again, once.
+    /// is known already: its source finds it again, once. `forget` is told before anybody knows of another one
+    /// by that name.
     pub(crate) fn take_back(
         &self,
         id: AddressSpaceId,
@@ -107,6 +108,7 @@ impl Directory {
         source: Arc<dyn Translate>,
         strictness: Strictness,
         survivors: &Survivors,
+        forget: impl FnOnce(AddressSpaceId),
     ) -> Result<Arc<AddressSpace>, NotifyError> {
         let mut next = self.next.lock();
         if next.handed_over.contains(&id)
@@ -128,6 +130,7 @@ impl Directory {
             return Err(NotifyError::TooManyAddressSpaces { most: self.most });
         }
         next.taken_back.insert(id);
+        forget(id);
         let mut space = self.make(id, name, source, strictness);
         // Above those of every earlier run: an end that comes late names no bracket of this one.
         space.began_after = Seq::new(next.first_address_space.get());

@@ -31,6 +31,7 @@ pub(crate) struct Call {
 }
 
 /// What became of a call that must not wait.
+#[derive(Debug, Clone)]
 pub(crate) enum Dispatched {
     /// The round is open, or complete already.
     Open(Arc<WaitingRound>),

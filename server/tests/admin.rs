@@ -4,29 +4,24 @@
 mod common;
 
 use std::fs::Permissions;
-use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 
+use common::daemon::{DAEMON, Daemon, listens_in};
 use common::{Device, connect, pages, soon, until, wire};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::Value;
 use shootdown_proto::v1;
 use shootdown_proto::v1::notifier_service_client::NotifierServiceClient;
 use tonic::transport::Channel;
-
-const DAEMON: &str = env!("CARGO_BIN_EXE_shootdownd");
 
 /// A user that no test is run as.
 const NOBODY: u32 = 65_534;
 
 /// A folder with the sockets and the state of host agents that come one after the other.
 struct Place(tempfile::TempDir);
-
-/// A host agent that is killed when the test ends.
-struct Daemon(Child);
 
 impl Place {
     fn new() -> Self {
@@ -44,22 +39,9 @@ impl Place {
     /// Returns when it listens.
     fn start(&self, more: &[&str]) -> Daemon {
         let mut command = Command::new(DAEMON);
-        for (option, name) in
-            [("--listen", "device"), ("--source-listen", "source"), ("--admin-listen", "admin")]
-        {
-            command.args([option, &self.socket(name)]);
-        }
+        command.args(listens_in(self.0.path()));
         command.args(["--shards", "1", "--state-dir"]).arg(self.path("state")).args(more);
-        let mut child = command.stderr(Stdio::piped()).env_remove("RUST_LOG").spawn().unwrap();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.contains("listening for devices") {
-            line.clear();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before it listened");
-        }
-        // Keep reading, so that its log never blocks it.
-        std::thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
-        Daemon(child)
+        Daemon::start(command)
     }
 
     fn admin_command(&self, words: &[&str]) -> Command {
@@ -105,20 +87,6 @@ impl Place {
         let capabilities = Some(v1::Capabilities { enforces_lease: false, change_pte: true });
         device.welcomed(v1::Hello { capabilities, ..Device::hello_of(name) }).await;
         device
-    }
-}
-
-impl Daemon {
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.0), signal).unwrap();
-    }
-}
-
-impl Drop for Daemon {
-    /// kill -9, and gone.
-    fn drop(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
     }
 }
 
@@ -280,7 +248,7 @@ async fn whoever_asks_nobody_is_told_what_to_do() {
     assert!(told.contains("there is no address space 4711"), "{told}");
     daemon.signal(Signal::STOP);
     let stopped = || {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.0.id())).unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid().as_raw_nonzero())).unwrap();
         stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
     };
     until(stopped).await;

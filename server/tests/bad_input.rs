@@ -105,6 +105,17 @@ async fn a_device_that_does_not_enforce_its_lease_is_refused_in_a_strict_address
 }
 
 #[tokio::test]
+async fn no_device_may_call_itself_what_a_torn_record_is_called() {
+    let scene = Scene::start().await;
+    let mut device = Device::connect(&scene.agent).await;
+    device.ask(Ask::Hello(Device::hello_of("unnamed:torn-journal"))).await;
+    let (error, _) = device.last_word().await;
+    assert_eq!((error.reason(), error.fatal), (Reason::FieldInvalid, true));
+    assert!(error.message.contains("torn record"), "{}", error.message);
+    scene.unharmed().await;
+}
+
+#[tokio::test]
 async fn a_hello_with_a_bad_name_or_incarnation_is_refused() {
     let scene = Scene::start().await;
     for hello in [

@@ -3,67 +3,31 @@
 
 mod common;
 
-use std::io::{BufRead as _, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::process::Command;
+use std::sync::Mutex;
 use std::time::Duration;
 
+use common::daemon::{DAEMON, Daemon, listens_in};
 use common::{Agent, Device, connect, pages, soon, until};
 use shootdown_proto::v1;
 use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_proto::v1::session_response::Message as Say;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-/// With 200 open files, and ended when the test is.
-struct Daemon {
-    child: Child,
-    log: Arc<Mutex<String>>,
-}
-
-impl Daemon {
-    fn start(folder: &Path) -> Self {
-        let mut command = Command::new("sh");
-        command.args(["-c", "ulimit -n 200; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_shootdownd")]);
-        command.args(["--shards", "1", "--drain-timeout", "1s"]);
-        for (flag, name) in [("listen", "device"), ("source-listen", "source"), ("admin-listen", "admin")] {
-            command.arg(format!("--{flag}")).arg(format!("unix:{}", folder.join(name).display()));
-        }
-        let mut child = command.stderr(Stdio::piped()).env_remove("RUST_LOG").spawn().unwrap();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.contains("listening for devices") {
-            line.clear();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before it listened");
-        }
-        let log = Arc::new(Mutex::new(String::new()));
-        let rest = Arc::clone(&log);
-        std::thread::spawn(move || {
-            for line in stderr.lines().map_while(Result::ok) {
-                rest.lock().unwrap().push_str(&format!("{line}\n"));
-            }
-        });
-        Self { child, log }
-    }
-
-    fn says(&self, word: &str) -> usize {
-        self.log.lock().unwrap().matches(word).count()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
+/// With 200 open files.
+fn start(folder: &Path) -> Daemon {
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -n 200; exec \"$0\" \"$@\"", DAEMON]);
+    command.args(listens_in(folder)).args(["--shards", "1", "--drain-timeout", "1s"]);
+    Daemon::start(command)
 }
 
 #[tokio::test]
 async fn silent_connections_of_devices_keep_neither_sources_nor_administrators_nor_later_devices_out() {
     let folder = tempfile::tempdir().unwrap();
-    let daemon = Daemon::start(folder.path());
+    let daemon = start(folder.path());
     let socket = folder.path().join("device");
     let silent = tokio::task::spawn_blocking(move || {
         (0..300).map(|_| UnixStream::connect(&socket).unwrap()).collect::<Vec<_>>()
@@ -77,9 +41,9 @@ async fn silent_connections_of_devices_keep_neither_sources_nor_administrators_n
     let mut admin =
         v1::admin_service_client::AdminServiceClient::new(soon(connect(&folder.path().join("admin"))).await);
     soon(admin.list_sessions(v1::ListSessionsRequest::default())).await.unwrap();
-    until(|| daemon.says("as many connections as") > 0).await;
-    assert!(daemon.says("as many connections as") < 5, "a line for each would fill the log");
-    assert_eq!(daemon.says("could not be accepted"), 0, "it never ran out");
+    until(|| daemon.says("as many connections as")).await;
+    assert!(daemon.times_said("as many connections as") < 5, "a line for each would fill the log");
+    assert!(!daemon.says("could not be accepted"), "it never ran out");
 
     drop(silent);
     soon(async {

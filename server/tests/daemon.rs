@@ -3,53 +3,25 @@
 
 mod common;
 
-use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 
+use common::daemon::{DAEMON, Daemon};
 use common::{Device, connect, soon};
+use rustix::process::Signal;
 use shootdown_proto::v1;
 use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_proto::v1::session_response::Message as Say;
-
-const DAEMON: &str = env!("CARGO_BIN_EXE_shootdownd");
 
 fn run(arguments: &[&str]) -> Output {
     Command::new(DAEMON).args(arguments).env_remove("RUST_LOG").output().unwrap()
 }
 
-/// A daemon that is ended when the test is.
-struct Daemon(Child);
-
-impl Daemon {
-    /// Returns when it listens.
-    fn start(arguments: &[&str]) -> Self {
-        let child =
-            Command::new(DAEMON).args(arguments).stderr(Stdio::piped()).env_remove("RUST_LOG").spawn();
-        let mut daemon = Self(child.unwrap());
-        let mut stderr = BufReader::new(daemon.0.stderr.take().unwrap());
-        let mut line = String::new();
-        while !line.contains("listening for devices") {
-            line.clear();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before it listened");
-        }
-        // Keep reading, so that its log never blocks it.
-        std::thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
-        daemon
-    }
-
-    fn terminate(&self) {
-        let pid = rustix::process::Pid::from_child(&self.0);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
+/// Returns when it listens.
+fn start(arguments: &[&str]) -> Daemon {
+    let mut command = Command::new(DAEMON);
+    command.args(arguments);
+    Daemon::start(command)
 }
 
 fn flag(folder: &Path, name: &str) -> String {
@@ -105,7 +77,7 @@ fn the_daemon_knows_no_way_to_break_a_rule() {
 fn a_second_daemon_on_the_same_socket_exits_69() {
     let folder = tempfile::tempdir().unwrap();
     let listen = flag(folder.path(), "device.sock");
-    let _first = Daemon::start(&["--listen", &listen]);
+    let _first = start(&["--listen", &listen]);
     let second = run(&["--listen", &listen]);
     assert_eq!(second.status.code(), Some(69), "{second:?}");
 }
@@ -129,7 +101,7 @@ async fn it_listens_on_several_sockets_at_once_and_on_tcp() {
     let (one, two) = (flag(folder.path(), "one.sock"), flag(folder.path(), "two.sock"));
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let tcp = format!("127.0.0.1:{port}");
-    let _daemon = Daemon::start(&["--listen", &one, "--listen", &two, "--listen", &tcp, "--shards", "2"]);
+    let _daemon = start(&["--listen", &one, "--listen", &two, "--listen", &tcp, "--shards", "2"]);
     let tcp = tonic::transport::Endpoint::from_shared(format!("http://{tcp}")).unwrap();
     for (name, channel) in [
         ("one", connect(&folder.path().join("one.sock")).await),
@@ -146,24 +118,20 @@ async fn it_listens_on_several_sockets_at_once_and_on_tcp() {
 async fn sigterm_drains_and_exits_0_within_its_bound() {
     let folder = tempfile::tempdir().unwrap();
     let listen = flag(folder.path(), "device.sock");
-    let mut daemon = Daemon::start(&["--listen", &listen, "--drain-timeout", "10s"]);
+    let daemon = start(&["--listen", &listen, "--drain-timeout", "10s"]);
     let mut device = Device::on(connect(&folder.path().join("device.sock")).await);
     device.hello("polite").await;
-    daemon.terminate();
+    daemon.signal(Signal::TERM);
     assert!(matches!(device.say().await, Say::Drain(_)));
     device.ask(Ask::Leave(v1::Leave {})).await;
-    let status =
-        soon(tokio::task::spawn_blocking(move || (daemon.0.wait().unwrap(), daemon))).await.unwrap().0;
-    assert_eq!(status.code(), Some(0));
+    daemon.ended_as_planned().await;
     assert!(!folder.path().join("device.sock").exists(), "its socket is gone");
     // One that does not leave is cut when the time is over.
-    let mut daemon = Daemon::start(&["--listen", &listen, "--drain-timeout", "100ms"]);
+    let daemon = start(&["--listen", &listen, "--drain-timeout", "100ms"]);
     let mut device = Device::on(connect(&folder.path().join("device.sock")).await);
     device.hello("stubborn").await;
-    daemon.terminate();
-    let status =
-        soon(tokio::task::spawn_blocking(move || (daemon.0.wait().unwrap(), daemon))).await.unwrap().0;
-    assert_eq!(status.code(), Some(0));
+    daemon.signal(Signal::TERM);
+    daemon.ended_as_planned().await;
 }
 
 /// Trap 30: a monitor that took an interrupted wait for its end. `epoll_wait` returns EINTR to a process that
@@ -172,7 +140,7 @@ async fn sigterm_drains_and_exits_0_within_its_bound() {
 async fn signals_in_the_middle_of_rounds_lose_none() {
     let folder = tempfile::tempdir().unwrap();
     let (listen, source) = (flag(folder.path(), "device.sock"), flag(folder.path(), "source.sock"));
-    let daemon = Daemon::start(&["--listen", &listen, "--source-listen", &source, "--lease", "60s"]);
+    let daemon = start(&["--listen", &listen, "--source-listen", &source, "--lease", "60s"]);
     let mut device = Device::on(connect(&folder.path().join("device.sock")).await);
     device.hello("gpu").await;
     let channel = connect(&folder.path().join("source.sock")).await;
@@ -182,7 +150,6 @@ async fn signals_in_the_middle_of_rounds_lose_none() {
         notifier.register_address_space(register).await.unwrap().into_inner().address_space_id;
     let range = v1::AddressRange { start: 4096, end: 8192, all: false };
     device.try_subscribe(address_space_id, vec![range]).await.unwrap();
-    let pid = rustix::process::Pid::from_child(&daemon.0);
     for number in 1..=50 {
         let mut caller = notifier.clone();
         let start = v1::InvalidatePageRequest {
@@ -192,12 +159,12 @@ async fn signals_in_the_middle_of_rounds_lose_none() {
             ..v1::InvalidatePageRequest::default()
         };
         let calling = tokio::spawn(async move { caller.invalidate_page(start).await });
-        for signal in [rustix::process::Signal::STOP, rustix::process::Signal::CONT] {
-            rustix::process::kill_process(pid, signal).unwrap();
+        for signal in [Signal::STOP, Signal::CONT] {
+            daemon.signal(signal);
         }
         assert_eq!(device.notice().await.number, number);
-        for signal in [rustix::process::Signal::STOP, rustix::process::Signal::CONT] {
-            rustix::process::kill_process(pid, signal).unwrap();
+        for signal in [Signal::STOP, Signal::CONT] {
+            daemon.signal(signal);
         }
         assert!(!calling.is_finished(), "nothing but the ack ends the round");
         device.ack(number).await;
@@ -251,7 +218,7 @@ async fn the_command_that_the_document_of_the_memory_source_shows_starts_a_daemo
         *word.unwrap_or_else(|| panic!("the command has no {theirs}")) = ours;
     }
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let _daemon = Daemon::start(&words);
+    let _daemon = start(&words);
     assert_eq!(std::fs::metadata(&swap).unwrap().len(), 0, "the swap file is emptied at the start");
     let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{tcp}")).unwrap();
     let mut device = Device::on(soon(endpoint.connect()).await.unwrap());

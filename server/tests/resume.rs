@@ -363,6 +363,29 @@ async fn a_device_that_was_told_to_flush_leaves_its_old_session_with_its_first_f
     until(|| agent.host().rounds_in_flight() == 0).await;
 }
 
+/// The word that leaves the old session behind may be said on another stream of the new one.
+#[tokio::test]
+async fn an_old_session_is_left_behind_on_whichever_stream_its_successor_says_so() {
+    let agent = Agent::start();
+    let space = agent.space();
+    let mut device = subscribed(&agent, space).await;
+    let round = agent.round(space, pages(1, 1));
+    device.notice().await;
+    let resume = point(&agent, &device, 9);
+    device.cut();
+    let (mut device, welcome) = back(&agent, resume).await;
+    assert_eq!(welcome.resume(), v1::Resume::Flush);
+    device.subscribe(space, pages(0, 64)).await;
+    let resume = point(&agent, &device, 0);
+    device.cut();
+    let (mut device, welcome) = back(&agent, resume).await;
+    assert_eq!(welcome.resume(), v1::Resume::Continue);
+    device.settled().await;
+    assert!(!round.is_finished(), "it may still be flushing");
+    device.start_fault(space, pages(30, 1)).await;
+    assert_eq!(quiesced(round).await[0].outcome, Outcome::Left);
+}
+
 /// A Hello that lay in a dead connection takes nothing from the stream that goes on.
 #[tokio::test]
 async fn a_try_to_go_on_that_is_read_after_a_later_one_is_refused() {

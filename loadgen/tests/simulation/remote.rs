@@ -316,8 +316,8 @@ impl Remote {
         }
     }
 
-    /// A caller that must not sleep: with a device in its way nothing happens. Where a try was lost on the way
-    /// nobody can say that it will not arrive: it asks until one is answered with the bracket, which it ends.
+    /// A caller that must not sleep: with a device in its way nothing happens, however late a try arrives that was
+    /// lost on the way.
     async fn try_range(&self, space: u64, pages: Range<u64>) {
         let (op, asked) = self.ask_for(space, pages.clone(), Called::RangeStart, Wait::NotAtAll);
         let Heard::Told(started) = self.tell(op, &asked).await else { return };
@@ -494,7 +494,7 @@ impl Remote {
             let Some(Ok((registered, answer))) = tried else { continue };
             match answer {
                 Ok(result) => {
-                    if let Some(heard) = self.on_answer(op, ask, registered, result, &tries) {
+                    if let Some(heard) = self.on_answer(op, ask, registered, result) {
                         return heard;
                     }
                     self.pause().await;
@@ -503,7 +503,6 @@ impl Remote {
                     if let Some(heard) = self.on_refused(op, ask, registered, &status).await {
                         return heard;
                     }
-                    tries.lost += u64::from(Reason::of_status(&status).is_none());
                     self.pause().await;
                 }
             }
@@ -531,7 +530,6 @@ impl Remote {
         tries.handles.retain(|handle| !handle.is_finished());
         if tries.handles.len() > MOST_TRIES {
             tries.handles.pop_front().expect("there are several").abort();
-            tries.lost += 1;
         }
     }
 
@@ -542,7 +540,6 @@ impl Remote {
         ask: &Ask,
         registered: u64,
         result: Option<v1::RoundResult>,
-        tries: &Tries,
     ) -> Option<Heard> {
         // An end says nothing, so nobody can be deceived by it.
         let Some(result) = result else { return Some(Heard::Lost) };
@@ -556,11 +553,6 @@ impl Remote {
         let is_old = host < *newest || registered != self.known(ask.space()).registered;
         *newest = host.max(*newest);
         if is_old && self.broken != Broken::OldAnswerTaken {
-            return None;
-        }
-        // A try that was lost on its way may arrive later still, and open the bracket.
-        let is_last = tries.lost == 0 && tries.set.is_empty();
-        if result.verdict() == v1::Verdict::WouldBlock && !is_last {
             return None;
         }
         self.taken.lock().insert(op, registered);
@@ -656,8 +648,6 @@ struct Tries {
     /// The oldest first.
     handles: VecDeque<AbortHandle>,
     begun: u64,
-    /// Those that ended without an answer: nobody knows whether they arrived, or will.
-    lost: u64,
     /// The one of the newest.
     connection: u64,
 }

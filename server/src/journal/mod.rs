@@ -37,7 +37,7 @@ pub(crate) use self::history::History;
 use self::medium::Disk;
 pub use self::record::Damage;
 use self::record::Record;
-pub(crate) use self::record::{BootMoment, Run, SessionRecord};
+pub(crate) use self::record::{BootMoment, Run, SessionRecord, is_unnamed};
 
 /// Whether a host agent that holds the state directory is superseded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

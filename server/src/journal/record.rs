@@ -22,6 +22,11 @@ use super::drained::Drained;
 /// The device of a session whose record is torn.
 pub(super) const UNNAMED: &str = "unnamed:torn-journal";
 
+/// Whether that is its name. No device may call itself so: it would never have a fencer after a restart.
+pub(crate) fn is_unnamed(device: &DeviceId) -> bool {
+    device.as_str() == UNNAMED
+}
+
 const FILE_MAGIC: &[u8; 8] = b"SHOOTJNL";
 const FRAME_MAGIC: &[u8; 4] = b"FRAM";
 
@@ -70,7 +75,7 @@ pub(super) fn is_same_boot(one: &str, other: &str) -> bool {
 impl SessionRecord {
     /// Whether it stands for whatever was in a torn record.
     pub(crate) fn is_unnamed(&self) -> bool {
-        self.device.as_str() == UNNAMED
+        is_unnamed(&self.device)
     }
 
     pub(crate) fn enforcement(&self) -> Enforcement {

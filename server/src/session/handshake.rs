@@ -16,6 +16,7 @@ use super::{LineId, SessionHandle, State};
 use crate::clock::Clock;
 use crate::fence;
 use crate::host::Host;
+use crate::journal;
 use crate::shard::Shard;
 
 /// The first message must be Hello.
@@ -45,10 +46,10 @@ fn agree_on_version(hello: &Hello) -> Result<u32, SessionError> {
 pub(crate) struct Opened {
     pub(crate) handle: Arc<SessionHandle>,
     pub(crate) line: LineId,
-    pub(crate) earlier: Earlier,
 }
 
-/// Which word of the device says that it holds nothing of its earlier sessions.
+/// Which word of the device says that it holds nothing of its earlier sessions: of those before this one, on
+/// whichever of its streams it comes.
 ///
 /// Not its Hello: that may have lain on a connection which the device gave up long ago, and be read after it has
 /// made other sessions. What answers this session's Welcome has not.
@@ -86,6 +87,15 @@ pub(crate) async fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Ope
     if host.is_stopping() {
         return Err(draining());
     }
+    if journal::is_unnamed(&hello.device) {
+        return Err(SessionError::fatal(
+            Reason::FieldInvalid,
+            format!(
+                "hello.device_id is {}, which stands for the device of a torn record of the journal; call it something else",
+                hello.device
+            ),
+        ));
+    }
     if !hello.page_sizes.contains(&PageSize::BASE) {
         return Err(SessionError::fatal(
             Reason::FieldInvalid,
@@ -115,6 +125,7 @@ pub(crate) async fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Ope
             }
         }
     }
+    let now = clock.now();
     let handle = host.registry().admit(&hello.device, hello.incarnation, |id, epoch| SessionHandle {
         id,
         device: hello.device.clone(),
@@ -125,7 +136,7 @@ pub(crate) async fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Ope
         fencer: host.fencers().of(&hello.device),
         ask_fencer: tokio::sync::Notify::new(),
         shard,
-        state: State::new(Session::new(id, hello.device.clone(), config, clock.now())).into(),
+        state: State::new(Session::new(id, hello.device.clone(), config, now), earlier, now).into(),
         accesses: parking_lot::RwLock::new(()),
         room: tokio::sync::Notify::new(),
         over: tokio_util::sync::CancellationToken::new(),
@@ -157,7 +168,7 @@ pub(crate) async fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Ope
         wants_timing,
     }));
     tracing::info!(session = handle.id.get(), device = %handle.device, shard = handle.shard.index, "session opened");
-    Ok(Opened { handle, line, earlier })
+    Ok(Opened { handle, line })
 }
 
 fn draining() -> SessionError {
@@ -193,6 +204,16 @@ impl Drop for Unwelcomed<'_> {
 }
 
 impl SessionHandle {
+    /// What is still to be said of the device's earlier sessions.
+    pub(super) fn earlier(&self) -> Earlier {
+        self.state.lock().earlier
+    }
+
+    /// It was said, and need not be on another stream.
+    pub(super) fn on_earlier_left(&self) {
+        self.state.lock().earlier = Earlier::None;
+    }
+
     /// The Welcome goes before whatever else the session has been told meanwhile.
     fn welcome(&self, welcome: HostSays) {
         let waker = {

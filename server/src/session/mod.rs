@@ -17,6 +17,7 @@ pub(crate) mod stream;
 pub(crate) mod task;
 pub(crate) mod fault;
 mod subscription;
+mod silence;
 pub(crate) mod restored;
 
 use std::collections::{HashMap, VecDeque};
@@ -36,6 +37,8 @@ use shootdown_proto::message::{HostSays, RequestId, SessionError};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use self::handshake::Earlier;
+use self::silence::{Hearing, Silence};
 use crate::clock::Clock;
 use crate::completion::Token;
 use crate::directory::AddressSpace;
@@ -89,6 +92,9 @@ struct State {
     covered: HashMap<AddressSpaceId, IntervalMap<SubscriptionId, ()>>,
     /// A device that never subscribed was never told of anything, nor granted.
     ever_subscribed: bool,
+    /// What says that the device holds nothing of its earlier sessions, until it is said.
+    earlier: Earlier,
+    silence: Silence,
 }
 
 /// Which of a session's streams, in the order of their Hellos.
@@ -261,7 +267,10 @@ impl SessionHandle {
     fn on_ack(&self, on: LineId, ack: &Ack) {
         let now = self.clock.now();
         let applied = self.with(now, |state, effects| {
-            (state.line.id == on).then(|| state.session.on_ack(ack, now, effects))
+            (state.line.id == on).then(|| {
+                state.silence = Silence::since(now);
+                state.session.on_ack(ack, now, effects)
+            })
         });
         match applied {
             None | Some(Ok(())) => {}
@@ -334,7 +343,19 @@ impl SessionHandle {
     /// Time passed; called for all sessions by the [`crate::watchdog`].
     pub(crate) fn on_tick(&self) {
         let now = self.clock.now();
-        self.with(now, |state, effects| state.session.on_tick(now, effects));
+        let hearing = self.with(now, |state, effects| {
+            state.session.on_tick(now, effects);
+            state.silence.on_tick(&state.session, now)
+        });
+        if hearing == Hearing::Lost {
+            let (session, device) = (self.id.get(), self.device.as_str());
+            tracing::warn!(
+                session,
+                device,
+                "a device said nothing for a whole lease: its stream is taken for lost"
+            );
+            self.cut();
+        }
     }
 
     /// Runs one input of the rules, then carries out what they gave out, with the lock dropped.
@@ -478,7 +499,7 @@ impl SessionHandle {
 }
 
 impl State {
-    fn new(session: Session<Token>) -> Self {
+    fn new(session: Session<Token>, earlier: Earlier, now: Moment) -> Self {
         Self {
             session,
             line: Line::new(LineId::FIRST),
@@ -487,6 +508,8 @@ impl State {
             leaving: HashMap::new(),
             covered: HashMap::new(),
             ever_subscribed: false,
+            earlier,
+            silence: Silence::since(now),
         }
     }
 

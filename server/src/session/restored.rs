@@ -11,6 +11,8 @@ use shootdown_proto::message::{HostSays, RequestId};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::handshake::Earlier;
+use super::silence::Silence;
 use super::{Asked, Held, Line, LineId, SessionHandle, State};
 use crate::clock::Clock;
 use crate::directory::AddressSpace;
@@ -55,6 +57,9 @@ impl SessionHandle {
                 leaving: HashMap::new(),
                 covered: HashMap::new(),
                 ever_subscribed: true,
+                // What it had said by then nobody knows any more. A fault says it, however it came to its session.
+                earlier: Earlier::UntilFault,
+                silence: Silence::since(lease_expires),
             }
             .into(),
             accesses: RwLock::new(()),

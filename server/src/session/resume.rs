@@ -9,7 +9,8 @@ use shootdown_core::session::{Enforcement, ResumeError};
 use shootdown_core::{Incarnation, Moment, PageSize, SessionId};
 use shootdown_proto::message::{Hello, HostSays, Resume, ResumePoint, Welcome};
 
-use super::handshake::{Earlier, Opened};
+use super::handshake::Opened;
+use super::silence::Silence;
 use super::{Line, LineId, SessionHandle, wake};
 use crate::host::Host;
 
@@ -72,7 +73,7 @@ pub(super) fn resume(host: &Host, hello: &Hello, point: ResumePoint, terms: Term
     }
     let line = handle.go_on(point, own, terms)?;
     tracing::info!(session = handle.id.get(), device = %handle.device, "session resumed");
-    Ok(Opened { handle, line, earlier: Earlier::None })
+    Ok(Opened { handle, line })
 }
 
 impl SessionHandle {
@@ -91,6 +92,7 @@ impl SessionHandle {
             }
             state.session.on_resumed(point.received_through, now, effects)?;
             state.attempt = state.attempt.max(point.attempt);
+            state.silence = Silence::since(now);
             let outbox = state.session.outbox();
             let welcome = HostSays::Welcome(Welcome {
                 session: self.id,

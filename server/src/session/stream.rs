@@ -211,7 +211,7 @@ mod tests {
     };
     use shootdown_proto::message::{Grant, RequestId};
 
-    use super::super::Farewell;
+    use super::super::{Earlier, Farewell};
     use super::*;
 
     const CLOCK: Clock = Clock::BOOTTIME;
@@ -220,7 +220,7 @@ mod tests {
         let config = SessionConfig::default();
         let mut session = Session::new(SessionId::FIRST, DeviceId::new("gpu").unwrap(), config, CLOCK.now());
         session.try_fault().unwrap();
-        State { ever_subscribed: true, ..State::new(session) }
+        State { ever_subscribed: true, ..State::new(session, Earlier::None, CLOCK.now()) }
     }
 
     fn happens(state: &mut State, page: u64) {

@@ -15,6 +15,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{Status, Streaming};
 
 use super::handshake::{Earlier, Opened};
+use super::silence::Silence;
 use super::{LineId, SessionHandle, fault};
 use crate::host::Host;
 use crate::status;
@@ -35,7 +36,9 @@ enum Happening {
 /// It owns no timer: deadlines are the watchdog's, on the control runtime. A shard on which no timer is
 /// set sleeps until something arrives, and its sleep costs less.
 pub(crate) async fn run(host: Host, opened: Opened, mut inbound: Streaming<v1::SessionRequest>) {
-    let Opened { handle, line, mut earlier } = opened;
+    let Opened { handle, line } = opened;
+    // A copy: no lock for each word.
+    let mut earlier = handle.earlier();
     let Some(ends) = handle.ends_of(line) else { return };
     let severed = ends.severed.clone().cancelled_owned();
     tokio::pin!(severed);
@@ -45,6 +48,7 @@ pub(crate) async fn run(host: Host, opened: Opened, mut inbound: Streaming<v1::S
             && earlier.are_left(says)
         {
             earlier = Earlier::None;
+            handle.on_earlier_left();
             host.registry().leave_behind(&handle);
         }
         apply(&host, &handle, line, happening);
@@ -168,8 +172,13 @@ fn heartbeat(host: &Host, handle: &SessionHandle, on: LineId, request: RequestId
         return;
     }
     let now = handle.clock.now();
-    let granted =
-        handle.with(now, |state, _| if state.line.id == on { state.session.on_heartbeat(now) } else { None });
+    let granted = handle.with(now, |state, _| {
+        if state.line.id != on {
+            return None;
+        }
+        state.silence = Silence::since(now);
+        state.session.on_heartbeat(now)
+    });
     match granted {
         Some(lease) => handle.answer(on, HostSays::LeaseRenewed { request, lease }),
         None => handle.refuse(

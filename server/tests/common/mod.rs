@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, missing_docs, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+pub mod daemon;
 pub mod log;
 
 use std::path::{Path, PathBuf};
@@ -282,10 +283,13 @@ impl Device {
         self.welcomed(Self::hello_of(name)).await;
     }
 
-    pub async fn welcomed(&mut self, hello: v1::Hello) {
+    pub async fn welcomed(&mut self, hello: v1::Hello) -> v1::Welcome {
         self.ask(Ask::Hello(hello)).await;
         match self.say().await {
-            Say::Welcome(welcome) => (self.session, self.epoch) = (welcome.session_id, welcome.epoch),
+            Say::Welcome(welcome) => {
+                (self.session, self.epoch) = (welcome.session_id, welcome.epoch);
+                welcome
+            }
             other => panic!("not welcomed: {other:?}"),
         }
     }

@@ -3,6 +3,7 @@
 use shootdown_proto::error::Reason;
 use shootdown_proto::v1;
 use shootdown_proto::v1::session_request::Message as Ask;
+use shootdown_proto::v1::session_response::Message as Say;
 use tonic::Status;
 
 use super::{Vmm, refused, translation};
@@ -158,25 +159,32 @@ async fn an_id_has_at_most_64_bytes() {
     vmm.end(1, "").await.unwrap();
 }
 
-/// 8, with ids: what would have blocked is not remembered either.
+/// 8, with ids: it leaves no bracket, and no try that comes late makes one.
 #[tokio::test]
 async fn non_block_atomic_with_retries() {
     let agent = Agent::start();
     let vmm = Vmm::start(&agent).await;
     let mut device = agent.device("gpu").await;
-    device.subscribe(vmm.id(), pages(1, 1)).await;
-    let start = v1::InvalidateRangeStartRequest { non_blockable: true, ..vmm.unmap(pages(1, 1), "a") };
+    let subscription = device.subscribe(vmm.id(), pages(1, 1)).await;
+    let start = |id| v1::InvalidateRangeStartRequest { non_blockable: true, ..vmm.unmap(pages(1, 1), id) };
     for _ in 0..2 {
-        let result = vmm.invalidate(start.clone()).await.unwrap();
+        let result = vmm.invalidate(start("a")).await.unwrap();
         assert_eq!((result.verdict(), result.seq), (v1::Verdict::WouldBlock, 0));
     }
+    // Nobody is in the way any more when the try arrives that was first: its caller has gone on without a bracket.
+    device.ask(Ask::Unsubscribe(v1::Unsubscribe { request_id: 9, subscription_id: subscription })).await;
+    assert!(matches!(device.say().await, Say::Unsubscribed(_)));
+    let late = vmm.reconnected(&agent).await.invalidate(start("a")).await.unwrap();
+    assert_eq!((late.verdict(), late.seq, late.targets.len()), (v1::Verdict::WouldBlock, 0, 1));
     assert_eq!((agent.listed_space().await.seq, open_brackets(&agent).await), (0, 0));
     assert!(device.is_silent().await);
-    // The id is free: for another request, as after a first try that never arrived.
-    let free = v1::InvalidateRangeStartRequest { range: Some(wire(pages(5, 1))), ..start };
-    assert_eq!(vmm.invalidate(free.clone()).await.unwrap().verdict(), v1::Verdict::Quiesced);
-    // That one had no target, and was done: once.
-    assert_eq!(vmm.invalidate(free).await.unwrap().seq, 1);
+    let other = v1::InvalidateRangeStartRequest { range: Some(wire(pages(5, 1))), ..start("a") };
+    assert_eq!(refused(vmm.invalidate(other).await), Reason::RequestIdReused);
+    // By an id of its own it is a call of its own.
+    for _ in 0..2 {
+        let result = vmm.invalidate(start("b")).await.unwrap();
+        assert_eq!((result.verdict(), result.seq), (v1::Verdict::Quiesced, 1));
+    }
     vmm.end(1, "").await.unwrap();
 }
 

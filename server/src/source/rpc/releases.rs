@@ -87,7 +87,7 @@ impl Releases {
                 let (tell, mut told) = mpsc::channel(2);
                 host.release_telling(address_space, tell);
                 while let Some(outcome) = told.recv().await {
-                    host.releases().on_told(address_space, &outcome);
+                    host.releases().on_told(address_space, &task, &outcome);
                     task.outcome.send_replace(Some(outcome));
                 }
             },
@@ -110,9 +110,9 @@ impl Releases {
     /// A release of the run before, with what is known of it: that it was quiesced.
     pub(crate) fn restore(&self, address_space: AddressSpaceId, call: CallId, outcome: RoundResult) {
         let outcome = Ok(outcome);
-        let release = Release { id: call, outcome: watch::Sender::new(Some(outcome.clone())) };
-        self.table.lock().by_space.insert(address_space, Arc::new(release));
-        self.on_told(address_space, &outcome);
+        let release = Arc::new(Release { id: call, outcome: watch::Sender::new(Some(outcome.clone())) });
+        self.table.lock().by_space.insert(address_space, Arc::clone(&release));
+        self.on_told(address_space, &release, &outcome);
     }
 
     /// The name is given to an address space again: what was released by it is another one.
@@ -122,8 +122,17 @@ impl Releases {
         table.done.retain(|done| *done != address_space);
     }
 
-    fn on_told(&self, address_space: AddressSpaceId, outcome: &Result<RoundResult, NotifyError>) {
+    fn on_told(
+        &self,
+        address_space: AddressSpaceId,
+        release: &Arc<Release>,
+        outcome: &Result<RoundResult, NotifyError>,
+    ) {
         let mut table = self.table.lock();
+        // Forgotten: the name is another's by now, which has releases of its own.
+        if !table.by_space.get(&address_space).is_some_and(|known| Arc::ptr_eq(known, release)) {
+            return;
+        }
         match outcome {
             Err(_) => {
                 table.by_space.remove(&address_space);
@@ -144,22 +153,85 @@ impl Releases {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::OnceLock;
+
+    use bytes::Bytes;
+    use futures_util::future::BoxFuture;
+    use shootdown_core::{Access, AddrRange, Translation};
+
     use crate::config::Settings;
-    use crate::source::Notifier as _;
+    use crate::directory::AddressSpace;
     use crate::source::rpc::RpcSource;
+    use crate::source::{FaultError, Notifier as _, Strictness, Translate};
+
+    fn host() -> Host {
+        let listen = vec!["unix:/nowhere".parse().unwrap()];
+        let config = Settings { listen, ..Settings::default() }.resolve().unwrap();
+        Host::new(config.host, tokio::runtime::Handle::current())
+    }
+
+    fn by(id: &str) -> CallId {
+        shootdown_proto::convert::call_id(id).unwrap().unwrap()
+    }
 
     #[tokio::test]
     async fn releases_are_kept_in_a_bounded_number() {
-        let listen = vec!["unix:/nowhere".parse().unwrap()];
-        let config = Settings { listen, ..Settings::default() }.resolve().unwrap();
-        let host = Host::new(config.host, tokio::runtime::Handle::current());
-        let bye = || shootdown_proto::convert::call_id("bye").unwrap().unwrap();
+        let host = host();
         for _ in 0..=MOST_RELEASES_KEPT {
             let space = host.register("test", Arc::new(RpcSource::default())).unwrap();
-            let release = Releases::begin(&host, space, bye()).unwrap();
+            let release = Releases::begin(&host, space, by("bye")).unwrap();
             assert!(release.outcome(Duration::ZERO).await.unwrap().is_quiesced());
         }
         let table = host.releases().table.lock();
         assert_eq!((table.by_space.len(), table.done.len()), (MOST_RELEASES_KEPT, MOST_RELEASES_KEPT));
+    }
+
+    const NAME: AddressSpaceId = AddressSpaceId::FIRST.next();
+
+    /// A source whose name is taken back as soon as its address space has gone: before its release is told.
+    #[derive(Default)]
+    struct TakenBack {
+        host: OnceLock<Host>,
+    }
+
+    impl Translate for TakenBack {
+        fn source(&self) -> &'static str {
+            "test"
+        }
+
+        fn fault(
+            &self,
+            _: AddressSpaceId,
+            _: AddrRange,
+            _: Access,
+        ) -> BoxFuture<'_, Result<Vec<Translation>, FaultError>> {
+            Box::pin(async { Err(FaultError::NotServed) })
+        }
+
+        fn bytes(&self, _: &[Translation]) -> Result<Bytes, FaultError> {
+            Err(FaultError::NoBytes)
+        }
+
+        fn on_released(&self) {
+            let host = self.host.get().unwrap();
+            host.take_back(NAME, "again", Arc::new(RpcSource::default()), Strictness::Strict).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_release_that_is_told_after_its_name_was_taken_back_is_not_the_newcomers() {
+        let host = host();
+        let source = Arc::new(TakenBack::default());
+        source.host.set(host.clone()).unwrap();
+        let (of, run) = (Strictness::Strict, host.incarnation());
+        let make = |most| AddressSpace::new(NAME, "first", source, of, most, run);
+        // As of a run before that ended as planned: who knows its name may take it back.
+        host.directory().restore(make, host.restart().survivors());
+        let first = Releases::begin(&host, NAME, by("first")).unwrap();
+        assert!(first.outcome(Duration::ZERO).await.unwrap().is_quiesced());
+        assert_eq!(host.releases().table.lock().done, [], "of the one that there is now");
+        let second = Releases::begin(&host, NAME, by("second")).expect("it has not been released");
+        assert!(second.outcome(Duration::ZERO).await.unwrap().is_quiesced());
+        assert_eq!(host.releases().done().len(), 1);
     }
 }

@@ -5,20 +5,20 @@
 //!
 //! ```text
 //!   ask(id) --not known--> Opening --the round is open--> Opened, until it is settled and old
-//!           |                 |
+//!           |                 |-----WOULD_BLOCK---------> Blocked, until it is old
 //!           |                 +--refused, or nobody asks any more--> not known
-//!           +--known, the same request--> waits with the others, for the same round
+//!           +--known, the same request--> waits with the others, for the same outcome
 //!           +--known, another request---> REQUEST_ID_REUSED
 //! ```
 //!
-//! What took no effect is not remembered: a call that was refused, and one that was answered WOULD_BLOCK
-//! (NonBlockAtomic), is done anew when it is tried again.
+//! WOULD_BLOCK leaves nothing behind in the address space (NonBlockAtomic), and is an outcome all the same: its
+//! caller goes on without a bracket, so a try that comes late, when nobody is in the way any more, must not open one.
+//! A call that was refused is not remembered, and is done anew when it is tried again.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use shootdown_core::round::TargetReport;
 use shootdown_core::{AddrRange, Cause, Method, OwnerTag, Seq};
 use shootdown_proto::message::CallId;
 use tokio::sync::OnceCell;
@@ -72,7 +72,7 @@ pub(crate) struct Retries {
 #[derive(Debug, Default)]
 struct Table {
     calls: HashMap<CallId, Known>,
-    /// Those that took effect, the oldest first, with the number of their targets.
+    /// Those that have an outcome, the oldest first, with the number of their targets.
     kept: VecDeque<(CallId, usize)>,
     targets: usize,
 }
@@ -81,8 +81,8 @@ struct Table {
 enum Known {
     Round {
         once: Arc<Once>,
-        /// How many are in a call with this id now. One that did not open its round, and that nobody is
-        /// in, is forgotten.
+        /// How many are in a call with this id now. One that has no outcome, and that nobody is in, is
+        /// forgotten.
         callers: usize,
     },
     Ended(Seq),
@@ -100,7 +100,7 @@ pub(crate) struct ToTryAgain {
 #[derive(Debug)]
 struct Once {
     asked: Asked,
-    round: OnceCell<Arc<WaitingRound>>,
+    outcome: OnceCell<Dispatched>,
     /// The bits that the host had of the range. Taken once: what is reported later belongs to a later query.
     young: OnceLock<bool>,
 }
@@ -118,7 +118,7 @@ impl Retries {
     pub(crate) fn ask(&self, id: CallId, asked: Asked) -> Result<Try<'_>, IdReused> {
         let mut table = self.table.lock();
         let known = table.calls.entry(id.clone()).or_insert_with(|| Known::Round {
-            once: Arc::new(Once { asked, round: OnceCell::new(), young: OnceLock::new() }),
+            once: Arc::new(Once { asked, outcome: OnceCell::new(), young: OnceLock::new() }),
             callers: 0,
         });
         match known {
@@ -159,7 +159,8 @@ impl Retries {
         for (id, known) in &self.table.lock().calls {
             match known {
                 Known::Round { once, .. } => {
-                    if let (Asked::Start { may_wait, .. }, Some(round)) = (once.asked, once.round.get())
+                    if let (Asked::Start { may_wait, .. }, Some(Dispatched::Open(round))) =
+                        (once.asked, once.outcome.get())
                         && !round.is_settled()
                     {
                         starts.insert(round.look(|round| round.event().seq), (id.clone(), may_wait));
@@ -173,8 +174,8 @@ impl Retries {
 
     /// A call that opened its bracket in the run before.
     pub(crate) fn restore_start(&self, id: CallId, asked: Asked, round: Arc<WaitingRound>) {
-        let round = OnceCell::new_with(Some(round));
-        let once = Arc::new(Once { asked, round, young: OnceLock::new() });
+        let outcome = OnceCell::new_with(Some(Dispatched::Open(round)));
+        let once = Arc::new(Once { asked, outcome, young: OnceLock::new() });
         let mut table = self.table.lock();
         table.calls.insert(id.clone(), Known::Round { once, callers: 0 });
         table.keep(id, 0);
@@ -194,43 +195,32 @@ impl Retries {
 }
 
 impl Try<'_> {
-    /// Opens the round, unless another try has: of several that come at once one opens, and when it is
-    /// dropped or refused before it did, the next.
+    /// Opens the round, unless another try has, or was told that it would block: of several that come at once
+    /// one opens, and when it is dropped or refused before it did, the next.
     ///
     /// # Cancel safety
-    /// Cancel safe: `open` has either done nothing yet, or its round is in the table.
+    /// Cancel safe: `open` has either done nothing yet, or its outcome is in the table.
     pub(crate) async fn open(
         &self,
         open: impl Future<Output = Result<Dispatched, NotifyError>>,
     ) -> Result<Dispatched, NotifyError> {
         let first = async {
-            match open.await {
-                // Nothing awaits between the opening and the table.
-                Ok(Dispatched::Open(round)) => {
-                    let targets = round.look(|round| round.reports().len());
-                    self.retries.table.lock().keep(self.id.clone(), targets);
-                    Ok(round)
-                }
-                Ok(Dispatched::WouldBlock(targets)) => Err(NotOpened::WouldBlock(targets)),
-                Err(refused) => Err(NotOpened::Refused(refused)),
-            }
+            let dispatched = open.await?;
+            // Nothing awaits between the opening and the table.
+            let targets = match &dispatched {
+                Dispatched::Open(round) => round.look(|round| round.reports().len()),
+                Dispatched::WouldBlock(targets) => targets.len(),
+            };
+            self.retries.table.lock().keep(self.id.clone(), targets);
+            Ok(dispatched)
         };
-        match self.once.round.get_or_try_init(|| first).await {
-            Ok(round) => Ok(Dispatched::Open(Arc::clone(round))),
-            Err(NotOpened::WouldBlock(targets)) => Ok(Dispatched::WouldBlock(targets)),
-            Err(NotOpened::Refused(refused)) => Err(refused),
-        }
+        self.once.outcome.get_or_try_init(|| first).await.cloned()
     }
 
     /// What `take` said when the first try asked it.
     pub(crate) fn young(&self, take: impl FnOnce() -> bool) -> bool {
         *self.once.young.get_or_init(take)
     }
-}
-
-enum NotOpened {
-    WouldBlock(Vec<TargetReport>),
-    Refused(NotifyError),
 }
 
 impl Drop for Try<'_> {
@@ -240,7 +230,7 @@ impl Drop for Try<'_> {
         // Another's, where this one was old enough to be forgotten while its caller waited.
         if Arc::ptr_eq(once, &self.once) {
             *callers -= 1;
-            if *callers == 0 && !once.round.initialized() {
+            if *callers == 0 && !once.outcome.initialized() {
                 table.calls.remove(&self.id);
             }
         }
@@ -272,8 +262,12 @@ impl Table {
 impl Known {
     fn is_open(&self) -> bool {
         match self {
-            // One that has no round yet is being opened.
-            Self::Round { once, .. } => once.round.get().is_none_or(|round| !round.is_settled()),
+            Self::Round { once, .. } => match once.outcome.get() {
+                Some(Dispatched::Open(round)) => !round.is_settled(),
+                Some(Dispatched::WouldBlock(_)) => false,
+                // It is being opened.
+                None => true,
+            },
             Self::Ended(_) => false,
         }
     }
@@ -401,6 +395,34 @@ mod tests {
         drop(opening);
         assert_eq!(bench.host.start(invalidation, Some(&second)).await.unwrap().seq, Some(Seq::FIRST));
         assert_eq!(bench.host.start(invalidation, Some(&first)).await.unwrap().seq, Some(Seq::FIRST));
+    }
+
+    #[tokio::test]
+    async fn a_try_beside_one_that_would_block_has_its_outcome_and_opens_nothing() {
+        let bench = Bench::new();
+        let (range, cause, owner) = (AddrRange::page_of(4096, PageSize::BASE), Cause::Unmap, None);
+        let asked = Asked::Start { range, cause, owner, may_wait: MayWait::No };
+        let tries = ["a", "a"].map(|id| bench.source.retries.ask(call_id(id), asked).unwrap());
+        let (tell, told) = tokio::sync::oneshot::channel();
+        let in_the_way = async { Ok(Dispatched::WouldBlock(told.await.unwrap())) };
+        let mut first = Box::pin(tries[0].open(in_the_way));
+        assert!(futures_util::poll!(&mut first).is_pending());
+        // By now nobody is in the way: on its own it would open a bracket, of which its caller does not know.
+        let wait = Wait::NotAtAll;
+        let (address_space, resident_pages) = (bench.space, None);
+        let invalidation = Invalidation { address_space, range, cause, owner, wait, resident_pages };
+        let mut second = Box::pin(bench.host.start(invalidation, Some(&tries[1])));
+        assert!(futures_util::poll!(&mut second).is_pending());
+        tell.send(Vec::new()).unwrap();
+        assert!(matches!(first.await, Ok(Dispatched::WouldBlock(_))));
+        assert_eq!(second.await.unwrap().verdict, crate::source::Verdict::WouldBlock);
+        assert_eq!(bench.host.directory().expect(bench.space).unwrap().order.lock().gate.last_seq(), None);
+        drop(tries);
+        assert_eq!(bench.known(), 1, "it is remembered");
+        for call in 0..MOST_KEPT {
+            bench.page(&call.to_string()).await;
+        }
+        assert_eq!(bench.known(), MOST_KEPT, "no longer than others");
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use shootdown_core::interest::Target;
 use shootdown_core::round::{Outcome, TargetReport};
 use shootdown_core::session::Enforcement;
-use shootdown_core::{AddrRange, Cause, Event, Method, Moment, OwnerTag, Seq};
+use shootdown_core::{AddrRange, Cause, Event, Method, Moment, OwnerTag, PageSize, Seq};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::task::TaskTracker;
 
@@ -68,6 +68,8 @@ impl AddressSpace {
         clock: Clock,
         tasks: &TaskTracker,
     ) -> Result<Dispatched, NotifyError> {
+        // Devices work in pages: whoever names bytes of one names all of it (RangeOverApproximates).
+        let call = Call { range: call.range.widen_to(PageSize::BASE), ..call };
         let mut order = self.order.lock();
         if order.released {
             return Err(NotifyError::Released(self.id));

@@ -6,7 +6,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Agent, BOUND, is_pending, pages, quiesced, soon, unmap, until, wire};
-use shootdown_core::{AddrRange, AddressSpaceId, Cause};
+use shootdown_core::{Access, AddrRange, AddressSpaceId, Cause, FrameNumber, Translation};
 use shootdown_proto::error::Reason;
 use shootdown_proto::v1;
 use shootdown_proto::v1::notifier_service_client::NotifierServiceClient;
@@ -164,6 +164,28 @@ async fn a_call_that_can_wait_waits_for_room_and_goes_on_when_a_round_completes(
     device.ack(notice.number).await;
     quiesced(waiting).await;
     emptied(&agent).await;
+}
+
+/// The entry may have changed while it waited: what it would install may be somebody else's by then.
+#[tokio::test]
+async fn a_change_pte_that_waited_for_room_is_an_invalidation() {
+    let agent = Agent::start_with(room_for(2));
+    let space = agent.space();
+    let mut device = agent.device("slow").await;
+    device.subscribe(space, pages(0, 64)).await;
+    drop(agent.host().invalidate_range_start(impatient(space, pages(0, 2))).await.unwrap());
+    let parked = device.notice().await.number;
+    let translation = Translation { range: pages(9, 1), frame: FrameNumber(42), access: Access::Read };
+    let host = agent.host().clone();
+    let mut waiting =
+        tokio::spawn(async move { host.change_pte(space, translation, Wait::AtMost(BOUND)).await.unwrap() });
+    device.settled().await;
+    assert!(is_pending(&mut waiting).await && device.is_silent().await);
+    device.ack(parked).await;
+    let notice = device.notice().await;
+    assert_eq!((notice.kind(), notice.range.unwrap()), (v1::NoticeKind::Invalidate, wire(pages(9, 1))));
+    device.ack(notice.number).await;
+    quiesced(waiting).await;
 }
 
 /// What waits for room and is dropped leaves nothing behind.

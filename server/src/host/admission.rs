@@ -15,6 +15,13 @@ use crate::quarantine;
 use crate::source::rpc::retries::Try;
 use crate::source::{NotifyError, Wait};
 
+/// Whether a call was held up before its round could open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    No,
+    Yes,
+}
+
 impl Host {
     /// [1] to [3]: takes a place among the rounds in flight, then opens the round. Until the place is
     /// there nothing has happened; after it nothing awaits.
@@ -33,8 +40,13 @@ impl Host {
         let leave = match wait {
             Wait::NotAtAll => Leave::NotToWait,
             Wait::ForTargets | Wait::AtMost(_) => {
-                self.room_in_quarantine(space, &call, wait).await?;
-                place(space, &call, self.rest(wait, called), self.bound()).await?
+                let room = self.room_in_quarantine(space, &call, wait).await?;
+                let (leave, place) = place(space, &call, self.rest(wait, called), self.bound()).await?;
+                // The page may have gone meanwhile: what would be installed may be somebody else's by now.
+                if matches!(call.method, Method::ChangePte(_)) && (room, place) != (Held::No, Held::No) {
+                    call.method = Method::Invalidate;
+                }
+                leave
             }
         };
         if self.is_superseded() {
@@ -61,7 +73,7 @@ impl Host {
         space: &AddressSpace,
         call: &Call,
         wait: Wait,
-    ) -> Result<(), NotifyError> {
+    ) -> Result<Held, NotifyError> {
         let might_be_parked = || might_be_parked(space, call, wait);
         let room = async {
             loop {
@@ -80,9 +92,9 @@ impl Host {
             Wait::ForTargets | Wait::NotAtAll => self.bound(),
         };
         if !self.quarantine().is_full() {
-            return Ok(());
+            return Ok(Held::No);
         }
-        tokio::time::timeout(limit, room).await.map_err(|_| self.quarantine_full())
+        tokio::time::timeout(limit, room).await.map(|()| Held::Yes).map_err(|_| self.quarantine_full())
     }
 
     fn quarantine_full(&self) -> NotifyError {
@@ -135,14 +147,19 @@ fn might_be_parked(space: &AddressSpace, call: &Call, wait: Wait) -> bool {
 
 /// A place among the rounds in flight. Who has no time of its own waits for as long as a round may take: then there is
 /// none that will end (BoundedResolution). A release comes once, and needs none.
-async fn place(space: &AddressSpace, call: &Call, wait: Wait, bound: Duration) -> Result<Leave, NotifyError> {
+async fn place(
+    space: &AddressSpace,
+    call: &Call,
+    wait: Wait,
+    bound: Duration,
+) -> Result<(Leave, Held), NotifyError> {
     if call.method == Method::Release {
-        return Ok(Leave::ToWaitAlone);
+        return Ok((Leave::ToWaitAlone, Held::No));
     }
     let full = || NotifyError::TooManyRounds { address_space: space.id, most: space.most_rounds };
     let permits = Arc::clone(&space.permits);
     match Arc::clone(&permits).try_acquire_owned() {
-        Ok(permit) => return Ok(Leave::ToWait(permit)),
+        Ok(permit) => return Ok((Leave::ToWait(permit), Held::No)),
         Err(TryAcquireError::NoPermits) => {}
         Err(TryAcquireError::Closed) => return Err(NotifyError::Stopping),
     }
@@ -151,5 +168,6 @@ async fn place(space: &AddressSpace, call: &Call, wait: Wait, bound: Duration) -
         Wait::AtMost(limit) => tokio::time::timeout(limit, permits.acquire_owned()).await,
         Wait::ForTargets => tokio::time::timeout(bound, permits.acquire_owned()).await,
     };
-    acquired.map_err(|_| full())?.map(Leave::ToWait).map_err(|_| NotifyError::Stopping)
+    let permit = acquired.map_err(|_| full())?.map_err(|_| NotifyError::Stopping)?;
+    Ok((Leave::ToWait(permit), Held::Yes))
 }

@@ -39,7 +39,7 @@ pub enum Wait {
 pub struct Invalidation {
     /// Whose memory.
     pub address_space: AddressSpaceId,
-    /// Which pages.
+    /// Which pages. Some bytes of a page stand for all of it.
     pub range: AddrRange,
     /// Why.
     pub cause: Cause,
@@ -274,6 +274,10 @@ pub trait Notifier: Send + Sync + 'static {
     ) -> impl Future<Output = Result<RoundResult, NotifyError>> + Send;
 
     /// `mmu_notifier_change_pte`: a hint that `translation` replaces what was there.
+    ///
+    /// Poll it in the step that changes the page table entry, as `set_pte_at_notify` is called under the entry's lock.
+    /// A call that is held up before its round opens, for a place or for room in the quarantine, is an invalidation:
+    /// by then the entry may be another.
     ///
     /// # Errors
     /// As [`Notifier::invalidate_range_start`].

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shootdown_core::{Access, Cause, Translation};
+use shootdown_core::{Access, AddrRange, Cause, Translation};
 use shootdown_proto::v1;
 use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_proto::v1::session_response::Message as Say;
@@ -208,4 +208,22 @@ async fn change_pte_degrades_beside_another_bracket_and_for_a_device_that_does_n
         device.ack(notice.number).await;
     }
     quiesced(round).await;
+}
+
+/// 21: a program inside the host agent names bytes, and a device hears of the pages that they lie in.
+#[tokio::test]
+async fn range_over_approximates() {
+    let agent = Agent::start();
+    let space = agent.space();
+    let mut device = agent.device("gpu").await;
+    device.subscribe(space, pages(0, 16)).await;
+    for (first, last) in [(0x1001, 0x1001), (0x1fff, 0x2000), (0x1000, 0x3001), (0x1800, 0x2fff)] {
+        let bytes = AddrRange::new(first, last + 1).unwrap();
+        let round = agent.round(space, bytes);
+        let notice = device.notice().await;
+        let whole = (first >> 12, (last >> 12) - (first >> 12) + 1);
+        assert_eq!(notice.range.unwrap(), wire(pages(whole.0, whole.1)), "{bytes:?}");
+        device.ack(notice.number).await;
+        quiesced(round).await;
+    }
 }

@@ -92,7 +92,10 @@ async fn live(shared: Arc<Shared>, index: usize) -> turmoil::Result {
     tokio::spawn(administrate(Arc::clone(&shared), run, stop.clone()));
 
     let ended = match shared.plan.source {
-        Caller::Embedded => Source::new(Arc::clone(&shared), host.clone(), run).run().await,
+        Caller::Embedded => {
+            let (source, asked_for) = Source::new(Arc::clone(&shared), host.clone(), run);
+            source.run(asked_for).await
+        }
         Caller::Remote => {
             let sources = listen(&shared, index, SOURCE_PORT).await?;
             shared.newest.change(|newest| *newest = index);

@@ -22,7 +22,7 @@ use crate::fabric::DeviceRun;
 use crate::memory::{PAGES, range_of};
 use crate::plan::{Broken, DevicePlan, Reach, Table, millis};
 use crate::shared::{Shared, Stage};
-use crate::tlb::{SimTlb, Use};
+use crate::tlb::{Asking, SimTlb, Use};
 use crate::trace::{Frame, Life, What};
 
 /// Where the host agent listens for devices.
@@ -223,7 +223,8 @@ impl Session<'_> {
             self.shared.trace.record(What::Barred { life: self.life, space });
         }
         let subscribed = asked.ok()?;
-        self.shared.trace.record(What::Subscribed { life: self.life, space });
+        let seq = subscribed.seq().map(|seq| seq.get());
+        self.shared.trace.record(What::Subscribed { life: self.life, space, seq });
         Some(subscribed)
     }
 
@@ -269,7 +270,9 @@ impl Worker {
         if mappings.is_empty() {
             let id = AddressSpaceId::new(space).expect("it was given out");
             let end = self.rng.random_range(page + 1..=PAGES);
+            let asked = Asking::begin(&tlb, space, page..end);
             let Ok(granted) = self.device.fault(id, range_of(page..end), Access::Write).await else { return };
+            asked.granted();
             mappings = granted;
             mappings.iter().for_each(|mapping| tlb.on_installed(mapping));
         }
@@ -315,7 +318,9 @@ impl Worker {
             } else {
                 let id = AddressSpaceId::new(space).expect("it was given out");
                 let range = range_of(page..page + 1);
+                let asked = Asking::begin(&tlb, space, page..page + 1);
                 let Ok(grant) = self.device.fault_ticketed(id, range, Access::Write).await else { return };
+                asked.granted();
                 // A device that works out of order is late with what it was granted.
                 tokio::time::sleep(millis(self.rng.random_range(0..4))).await;
                 grant.tickets.into_iter().for_each(|ticket| tlb.install(ticket));

@@ -131,12 +131,14 @@ impl Ask {
                     Called::ClearFlushYoung => {
                         let request =
                             v1::ClearFlushYoungRequest { address_space_id, range, deadline_ms, request_id };
-                        client.clear_flush_young(request).await?.into_inner().result
+                        let answer = client.clear_flush_young(request).await?.into_inner();
+                        young_together(answer.result, answer.young)
                     }
                     Called::ClearYoung => {
                         let request =
                             v1::ClearYoungRequest { address_space_id, range, deadline_ms, request_id };
-                        client.clear_young(request).await?.into_inner().result
+                        let answer = client.clear_young(request).await?.into_inner();
+                        young_together(answer.result, answer.young)
                     }
                     Called::Release => {
                         let request = v1::ReleaseAddressSpaceRequest { address_space_id, request_id };
@@ -157,6 +159,15 @@ impl Ask {
         };
         result.map(Some).ok_or_else(|| Status::internal("an answer without a result"))
     }
+}
+
+/// What the devices say now, and what the host agent had kept, in one.
+fn young_together(result: Option<v1::RoundResult>, young: bool) -> Option<v1::RoundResult> {
+    let mut result = result?;
+    if let Some(target) = result.targets.first_mut() {
+        target.young |= young;
+    }
+    Some(result)
 }
 
 fn end_of(address_space_id: u64) -> v1::InvalidateRangeEndRequest {

@@ -39,7 +39,7 @@ mod seeds;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use crate::oracle::Bounds;
+use crate::oracle::{Bounds, History};
 use crate::plan::{Broken, Plan, millis};
 use crate::trace::{Event, Patience, Reply, Verdict, What, fingerprint};
 
@@ -61,6 +61,7 @@ fn no_invariant_is_broken_whatever_goes_wrong() {
         let run = world::run(Plan::draw(seed, Broken::Nothing));
         let mut kinds: BTreeSet<_> = run.events.iter().flat_map(kinds).collect();
         kinds.extend(of_quarantine(&run.events));
+        kinds.extend(seen(&run).map(str::to_owned));
         kinds.extend(goes_on_with_successor(&run.events).then(|| "Resumed by a successor".to_owned()));
         (seeds::failure(&run), kinds)
     };
@@ -180,7 +181,18 @@ const KINDS: &[&str] = &[
     "Superseded",
     "Registered",
     "Taken",
+    "Announced",
+    "an ack during the fault that waits for it",
+    "nothing was used",
 ];
+
+/// Words for what is only seen in all of a trace.
+fn seen(run: &world::Run) -> impl Iterator<Item = &'static str> {
+    let history = History::of(&run.events, Bounds::of(&run.plan));
+    let acks = checks::acks_during_its_fault(&history).then_some("an ack during the fault that waits for it");
+    let old = checks::answers_that_nothing_was_used(&history).then_some("nothing was used");
+    acks.into_iter().chain(old)
+}
 
 /// Whether a device resumed its session in the run after a planned end.
 fn goes_on_with_successor(events: &[Event]) -> bool {

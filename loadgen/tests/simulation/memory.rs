@@ -13,6 +13,7 @@ use rand::rngs::StdRng;
 use shootdown_core::{Access, AddrRange, AddressSpaceId, PageSize, Translation};
 use shootdown_server::source::memory::FrameStore;
 use shootdown_server::source::{FaultError, Translate};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::content;
 use crate::plan::millis;
@@ -23,7 +24,7 @@ use crate::trace::{Frame, Op, Trace, What};
 pub const PAGES: u64 = 8;
 /// Frames of the machine: less than the pages of two address spaces.
 pub const FRAMES: usize = 12;
-const PAGE: u64 = PageSize::BASE.bytes();
+pub const PAGE: u64 = PageSize::BASE.bytes();
 
 /// Page tables and frames. The tables outlive the host agent: they belong to the program that it serves.
 #[derive(Debug)]
@@ -156,6 +157,34 @@ impl Memory {
 pub struct Tables {
     pub shared: Arc<Shared>,
     pub rng: Mutex<StdRng>,
+    /// Who moves pages that are faulted; nobody, where the source is not in the host agent's process.
+    pub migrations: Option<mpsc::Sender<Migration>>,
+}
+
+/// A page that is to be moved before a fault of it is answered.
+#[derive(Debug)]
+pub struct Migration {
+    pub space: u64,
+    pub page: u64,
+    /// Dropped when it was, or never will be.
+    pub moved: oneshot::Sender<()>,
+}
+
+/// Of so many faults one moves its page.
+const MIGRATES: u32 = 8;
+
+impl Tables {
+    /// Before the page is looked up. Where the source has enough to do, it stays where it is.
+    async fn migrate(&self, space: u64, page: u64) {
+        let Some(migrations) = &self.migrations else { return };
+        let (moved, done) = oneshot::channel();
+        if self.rng.lock().random_ratio(1, MIGRATES)
+            && migrations.try_send(Migration { space, page, moved }).is_ok()
+        {
+            // Nobody says so: it is over when the sender is gone.
+            let _ = done.await;
+        }
+    }
 }
 
 impl Translate for Tables {
@@ -170,15 +199,16 @@ impl Translate for Tables {
         access: Access,
     ) -> BoxFuture<'_, Result<Vec<Translation>, FaultError>> {
         let pages = range.pages(PageSize::BASE);
-        let translate = |address: u64| {
+        let translate = move |address: u64| {
             let page = address / PAGE;
             let frame = self.shared.memory.lock().frame_of(address_space.get(), page, &self.shared.trace)?;
             Ok(Translation { range: range_of(page..page + 1), frame: frame.number(), access })
         };
-        let translations: Result<Vec<_>, _> = pages.map(translate).collect();
         // What was right when it was looked up may be wrong when it is answered.
         let late = millis(self.rng.lock().random_range(0..6_u64).saturating_sub(2));
         Box::pin(async move {
+            self.migrate(address_space.get(), range.start() / PAGE).await;
+            let translations: Result<Vec<_>, _> = pages.map(translate).collect();
             if late > Duration::ZERO {
                 tokio::time::sleep(late).await;
             }
@@ -195,7 +225,9 @@ pub fn range_of(pages: Range<u64>) -> AddrRange {
     AddrRange::new(pages.start * PAGE, pages.end * PAGE).unwrap()
 }
 
-/// The pages that a range covers.
-pub fn pages_of(range: AddrRange) -> Range<u64> {
-    range.start() / PAGE..(range.last() / PAGE).saturating_add(1).min(PAGES)
+/// The pages that are wholly in a range.
+pub fn whole_pages_of(range: AddrRange) -> Range<u64> {
+    let end = range.last().checked_add(1).map_or(PAGES, |end| (end / PAGE).min(PAGES));
+    let start = range.start().div_ceil(PAGE);
+    start.min(end)..end
 }

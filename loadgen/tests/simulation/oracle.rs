@@ -3,12 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::checks;
-use crate::plan::{Plan, STORM};
+use crate::plan::{Plan, STORM, millis};
 use crate::trace::{
-    Answer, Called, CutOffBy, Event, Frame, Life, Op, Pages, Patience, Scope, Span, Target, Verdict, What,
+    Answer, Called, CutOffBy, Event, Frame, Life, Op, Pages, Patience, Scope, Span, Target, Told, Verdict,
+    What,
 };
 
 /// Something that must not happen.
@@ -41,6 +43,8 @@ pub struct Bounds {
     pub turn: Duration,
     /// The smallest window of a device.
     pub window: usize,
+    /// The longest that a message is on its way where nothing goes wrong.
+    pub on_its_way: Duration,
 }
 
 impl Bounds {
@@ -54,6 +58,7 @@ impl Bounds {
             quarantine_pages: plan.quarantine_pages,
             turn: plan.host_clock.lasts(plan.ack_timeout),
             window,
+            on_its_way: plan.latency.most + millis(5),
         }
     }
 }
@@ -72,6 +77,7 @@ pub struct History {
     pub lives: BTreeMap<Life, LifeOf>,
     pub flushes: BTreeMap<Span, Flush>,
     pub uses: BTreeMap<Span, Use>,
+    pub faults: BTreeMap<Span, Fault>,
     pub installs: Vec<Install>,
     pub reads: Vec<Read>,
     /// When each allocation of a frame was freed, and on the strength of what.
@@ -88,6 +94,8 @@ pub struct History {
     pub handed_over: Vec<Duration>,
     /// Rounds as the host agent opened them: when, in which run, address space, and sequence.
     pub seen: Vec<(Duration, u64, u64, u64)>,
+    /// When something was going wrong in the world; until the end, what did not end.
+    pub going_wrong: Vec<Trouble>,
     /// When each address space was last registered over the wire.
     pub registered: BTreeMap<u64, Duration>,
 }
@@ -103,6 +111,10 @@ pub struct Round {
     pub outlived_host: bool,
     pub called: Called,
     pub pages: Pages,
+    /// What was named of them.
+    pub bytes: Range<u64>,
+    /// A device's fault waits for it.
+    pub in_fault: bool,
     pub patience: Patience,
     pub answers: Vec<(Duration, Answer)>,
     /// When its caller ended the bracket.
@@ -140,6 +152,8 @@ pub struct LifeOf {
     pub leases: Vec<(Duration, Option<Duration>)>,
     /// By address space: when the device began to ask for a subscription, and when one had ended.
     pub subscribing: Vec<(Duration, u64)>,
+    /// When it had one, and the newest event by then.
+    pub subscribed: Vec<(Duration, u64, Option<u64>)>,
     pub unsubscribed: Vec<(Duration, u64)>,
 }
 
@@ -147,8 +161,24 @@ pub struct LifeOf {
 pub struct Flush {
     pub life: Life,
     pub scope: Scope,
-    pub notice: Option<u64>,
-    pub seq: Option<u64>,
+    pub told: Option<Told>,
+    pub began: Duration,
+    pub ended: Option<Duration>,
+}
+
+/// Something that goes wrong in the world.
+#[derive(Debug)]
+pub struct Trouble {
+    pub what: String,
+    pub began: Duration,
+    pub ended: Duration,
+}
+
+/// A device asks for pages.
+#[derive(Debug)]
+pub struct Fault {
+    pub life: Life,
+    pub pages: Pages,
     pub began: Duration,
     pub ended: Option<Duration>,
 }
@@ -191,6 +221,8 @@ impl History {
             lives: BTreeMap::new(),
             flushes: BTreeMap::new(),
             uses: BTreeMap::new(),
+            faults: BTreeMap::new(),
+            going_wrong: Vec::new(),
             installs: Vec::new(),
             reads: Vec::new(),
             freed: BTreeMap::new(),
@@ -210,12 +242,11 @@ impl History {
     fn add(&mut self, Event { at, what }: &Event) {
         let at = *at;
         match what.clone() {
-            What::Mapped { .. } | What::Subscribed { .. } | What::Closed { .. } | What::Fault(_) => {}
+            What::Mapped { .. } | What::Closed { .. } => {}
+            What::Fault(text) => self.on_fault(at, &text),
             What::Superseded { .. } => {}
-            What::Read { life, frame, times_freed } => self.reads.push(Read { at, life, frame, times_freed }),
             What::ReadRefused { .. } => {}
             What::FencerAsked { .. } | What::Barred { .. } => {}
-            What::EnforcesNoLease { life, cut_off_by } => self.life(life).cut_off_by = Some(cut_off_by),
             What::CutOff { device, start, .. } => drop(self.cut_off.insert((device, start), at)),
             What::HandedOver => self.handed_over.push(at),
             What::AgentStarted { incarnation } => {
@@ -229,8 +260,11 @@ impl History {
                 let (answers, ended) = (Vec::new(), Vec::new());
                 let (refused, abandoned) = (Vec::new(), Vec::new());
                 let (host, outlived_host) = (self.host, false);
+                let bytes = pages.bytes();
                 let round = Round {
                     op,
+                    bytes,
+                    in_fault: false,
                     at,
                     host,
                     outlived_host,
@@ -269,6 +303,15 @@ impl History {
                 round.took.get_or_insert(took);
             }
             What::Freed { op, frame } => drop(self.freed.insert(frame, (at, op))),
+            What::Announced { op, bytes } => self.round(op).bytes = bytes,
+            What::InFault { op } => self.round(op).in_fault = true,
+            left @ What::Left { .. } => self.left = Some((at, left)),
+            of_device => self.add_of_device(at, of_device),
+        }
+    }
+
+    fn add_of_device(&mut self, at: Duration, what: What) {
+        match what {
             What::Connecting { life, device, start } => {
                 let life = self.life(life);
                 (life.device, life.start) = (device, start);
@@ -280,12 +323,19 @@ impl History {
             What::Resumed { life } => self.life(life).resumed.push(at),
             What::Lease { life, until } => self.life(life).leases.push((at, until)),
             What::Subscribing { life, space } => self.life(life).subscribing.push((at, space)),
+            What::Subscribed { life, space, seq } => self.life(life).subscribed.push((at, space, seq)),
+            What::FaultBegan { life, span, pages } => {
+                self.faults.insert(span, Fault { life, pages, began: at, ended: None });
+            }
+            What::FaultEnded { span } => {
+                self.faults.get_mut(&span).expect("a fault begins first").ended = Some(at);
+            }
             What::Unsubscribed { life, space } => self.life(life).unsubscribed.push((at, space)),
             What::Installed { life, space, page, frame } => {
                 self.installs.push(Install { at, life, space, page, frame });
             }
-            What::FlushBegan { life, span, scope, notice, seq } => {
-                self.flushes.insert(span, Flush { life, scope, notice, seq, began: at, ended: None });
+            What::FlushBegan { life, span, scope, told } => {
+                self.flushes.insert(span, Flush { life, scope, told, began: at, ended: None });
             }
             What::FlushEnded { span } => {
                 self.flushes.get_mut(&span).expect("a flush begins first").ended = Some(at);
@@ -294,7 +344,23 @@ impl History {
                 self.uses.insert(span, Use { life, space, page, frame, began: at, ended: self.end });
             }
             What::UseEnded { span } => self.uses.get_mut(&span).expect("a use begins first").ended = at,
-            left @ What::Left { .. } => self.left = Some((at, left)),
+            What::Read { life, frame, times_freed } => self.reads.push(Read { at, life, frame, times_freed }),
+            What::EnforcesNoLease { life, cut_off_by } => self.life(life).cut_off_by = Some(cut_off_by),
+            other => unreachable!("{other:?} is of no device"),
+        }
+    }
+
+    /// Whether all was well in the world from then on until then.
+    pub fn is_quiet(&self, from: Duration, until: Duration) -> bool {
+        !self.going_wrong.iter().any(|trouble| trouble.began <= until && from <= trouble.ended)
+    }
+
+    fn on_fault(&mut self, at: Duration, text: &str) {
+        if let Some(what) = text.strip_prefix("begin of ") {
+            self.going_wrong.push(Trouble { what: what.to_owned(), began: at, ended: Duration::MAX });
+        } else if let Some(what) = text.strip_prefix("end of ") {
+            let trouble = self.going_wrong.iter_mut().rfind(|trouble| trouble.what == what);
+            trouble.expect("what ends has begun").ended = at;
         }
     }
 
@@ -370,6 +436,11 @@ impl Round {
         let quiesced = |(_, answer): &&(Duration, Answer)| answer.verdict == Verdict::Quiesced;
         let (at, answer) = self.answers.iter().find(quiesced)?;
         Some((*at, answer.resolved.unwrap_or(*at)))
+    }
+
+    /// Its number in the address space, as soon as it has one.
+    pub fn seq(&self) -> Option<u64> {
+        self.answers.iter().find_map(|(_, answer)| answer.seq)
     }
 
     /// When the notices were in the outboxes.

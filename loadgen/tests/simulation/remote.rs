@@ -191,7 +191,7 @@ impl Remote {
     /// Answers the faults of an address space until it is released, on one stream after the other.
     async fn serve_faults(self, space: u64) {
         let rng = Mutex::new(self.shared.rng(6 + (space << 8)));
-        let tables = Arc::new(Tables { shared: Arc::clone(&self.shared), rng });
+        let tables = Arc::new(Tables { shared: Arc::clone(&self.shared), rng, migrations: None });
         while self.shared.memory.lock().live_spaces().contains(&space) {
             let known = self.known(space);
             let ended = self.serve_stream(space, &tables).await;
@@ -575,7 +575,9 @@ impl Remote {
                 matches!(ask, Ask::Await { .. }).then_some(Heard::Lost)
             }
             Some(Reason::RoundUnknown) => {
-                // Whoever told of the round, and knows the address space as it did then, knows the round.
+                // Whoever told of the round, and knows the address space as it did then, knows the round. It may have been
+                // registered anew, and the answer to that is on its way.
+                drop(self.registering.lock().await);
                 let is_gone = self.taken.lock().get(&op) != Some(&self.known(space).registered);
                 assert!(is_gone || self.broken != Broken::Nothing, "{op:?}: {}", status.message());
                 Some(Heard::Lost)
@@ -613,6 +615,7 @@ impl Remote {
         Answer {
             verdict,
             seq: Some(result.seq).filter(|seq| *seq > 0),
+            young: result.targets.iter().any(|target| target.young),
             targets,
             dispatched,
             // An answer that comes after the end of its bracket does not name the targets any more.

@@ -7,15 +7,16 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rand::RngExt as _;
 use rand::rngs::StdRng;
-use shootdown_core::{AddressSpaceId, Cause, Moment, Seq, Translation};
+use shootdown_core::{AddrRange, AddressSpaceId, Cause, Moment, Seq, Translation};
 use shootdown_server::Host;
 use shootdown_server::source::{
     Invalidation, Notifier as _, NotifyError, Outcome as Became, RoundResult, Strictness, Verdict as Said,
     Wait,
 };
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::memory::{PAGES, Tables, range_of};
+use crate::memory::{Migration, PAGE, PAGES, Tables, range_of};
 use crate::plan::{Broken, millis};
 use crate::shared::{Shared, Stage};
 use crate::trace::{Answer, Called, CutOffBy, Frame, Op, Outcome, Pages, Patience, Target, Verdict, What};
@@ -35,6 +36,7 @@ pub struct Source {
     run: u64,
     /// How often it had been asked to stop when it began.
     asked_before: u64,
+    migrations: mpsc::Sender<Migration>,
 }
 
 /// Why the source calls nobody any more.
@@ -46,15 +48,17 @@ pub enum Ended {
 }
 
 impl Source {
-    pub fn new(shared: Arc<Shared>, host: Host, run: u64) -> Self {
+    /// And what its page tables ask it for.
+    pub fn new(shared: Arc<Shared>, host: Host, run: u64) -> (Self, mpsc::Receiver<Migration>) {
         let rng = Arc::new(Mutex::new(shared.rng(1 + (run << 32))));
         let asked_before = shared.agents[0].handovers_asked.get();
-        Self { shared, host, rng, run, asked_before }
+        let (migrations, asked_for) = mpsc::channel(MOST_CALLS);
+        (Self { shared, host, rng, run, asked_before, migrations }, asked_for)
     }
 
     /// Calls until the storm is over, or the host agent is about to stop, and returns when every call has come
     /// to its end.
-    pub async fn run(self) -> Ended {
+    pub async fn run(self, mut asked_for: mpsc::Receiver<Migration>) -> Ended {
         let known = self.shared.memory.lock().live_spaces();
         for space in &known {
             let strictness = self.strictness(*space);
@@ -73,7 +77,11 @@ impl Source {
         }
         while !self.shared.is_past(Stage::Storm) && !self.is_asked_to_stop() {
             let pause = self.draw(0..self.shared.plan.call_every.as_millis() as u64 * 2);
-            tokio::time::sleep(millis(pause)).await;
+            let next = tokio::time::Instant::now() + millis(pause);
+            while let Ok(Some(migration)) = tokio::time::timeout_at(next, asked_for.recv()).await {
+                let source = self.clone();
+                calls.spawn(async move { source.migrate(migration).await });
+            }
             while let Some(ended) = calls.try_join_next() {
                 ended.expect("a call does not panic");
             }
@@ -81,6 +89,8 @@ impl Source {
                 calls.spawn(self.clone().call());
             }
         }
+        // Who still asks goes on without.
+        drop(asked_for);
         while let Some(ended) = calls.join_next().await {
             ended.expect("a call does not panic");
         }
@@ -123,7 +133,7 @@ impl Source {
 
     fn tables(&self) -> Arc<Tables> {
         let rng = Mutex::new(self.shared.rng(2 + (self.run << 32)));
-        Arc::new(Tables { shared: Arc::clone(&self.shared), rng })
+        Arc::new(Tables { shared: Arc::clone(&self.shared), rng, migrations: Some(self.migrations.clone()) })
     }
 
     /// The host agent has crashed since it was asked: it is asked anew, and whoever waits, waits for that.
@@ -133,7 +143,8 @@ impl Source {
             return self.shared.memory.lock().orphan(space, frames, &self.shared.trace);
         }
         let op = self.begin(space, 0..PAGES, Called::RangeStart, Wait::ForTargets);
-        let told = self.host.invalidate_range_start(invalidation(space, 0..PAGES, Wait::ForTargets)).await;
+        let told =
+            self.host.invalidate_range_start(self.invalidation(op, space, 0..PAGES, Wait::ForTargets)).await;
         if let Some(seq) = told.as_ref().ok().and_then(|result| result.seq) {
             self.end(op, space, seq);
         }
@@ -178,7 +189,7 @@ impl Source {
     /// `unmap_region`: the entries are cleared inside of the bracket.
     async fn unmap_range(&self, space: u64, pages: Range<u64>, wait: Wait) {
         let op = self.begin(space, pages.clone(), Called::RangeStart, wait);
-        let invalidation = invalidation(space, pages.clone(), wait);
+        let invalidation = self.invalidation(op, space, pages.clone(), wait);
         let Ok(started) = self.note(op, self.host.invalidate_range_start(invalidation).await) else { return };
         let seq = started.seq.expect("a round that waits has a sequence");
         if started.is_quiesced() || self.draw(0..2) == 0 {
@@ -198,7 +209,7 @@ impl Source {
     /// A caller that must not sleep: with a device in its way nothing happens.
     async fn try_range(&self, space: u64, pages: Range<u64>) {
         let op = self.begin(space, pages.clone(), Called::RangeStart, Wait::NotAtAll);
-        let invalidation = invalidation(space, pages.clone(), Wait::NotAtAll);
+        let invalidation = self.invalidation(op, space, pages.clone(), Wait::NotAtAll);
         let Ok(started) = self.note(op, self.host.invalidate_range_start(invalidation).await) else { return };
         if started.verdict == Said::WouldBlock {
             return;
@@ -222,7 +233,7 @@ impl Source {
 
     async fn young(&self, space: u64, pages: Range<u64>, called: Called, wait: Wait) {
         let op = self.begin(space, pages.clone(), called, wait);
-        let range = range_of(pages);
+        let range = self.bytes_of(op, pages);
         let told = match called {
             Called::ClearFlushYoung => self.host.clear_flush_young(id(space), range, wait).await,
             _ => self.host.clear_young(id(space), range, wait).await,
@@ -235,7 +246,8 @@ impl Source {
         let frames = self.shared.memory.lock().take(space, page..page + 1);
         let patience = millis(self.draw(0..20));
         let op = self.begin(space, page..page + 1, Called::RangeStart, Wait::ForTargets);
-        let start = self.host.invalidate_range_start(invalidation(space, page..page + 1, Wait::ForTargets));
+        let invalidation = self.invalidation(op, space, page..page + 1, Wait::ForTargets);
+        let start = self.host.invalidate_range_start(invalidation);
         match tokio::time::timeout(patience, start).await {
             Ok(started) => {
                 if let Some(seq) = started.as_ref().ok().and_then(|result| result.seq) {
@@ -264,6 +276,39 @@ impl Source {
                 self.register();
             }
         }
+    }
+
+    fn invalidation(&self, op: Op, space: u64, pages: Range<u64>, wait: Wait) -> Invalidation {
+        Invalidation {
+            address_space: id(space),
+            range: self.bytes_of(op, pages),
+            cause: Cause::Unmap,
+            owner: None,
+            wait,
+            resident_pages: None,
+        }
+    }
+
+    /// The pages, or bytes in the first to bytes in the last of them: what a program unmaps it need not name by pages.
+    fn bytes_of(&self, op: Op, pages: Range<u64>) -> AddrRange {
+        let whole = range_of(pages);
+        if self.draw(0..3) > 0 {
+            return whole;
+        }
+        let (start, end) =
+            (whole.start() + self.draw(0..PAGE / 2), whole.last() + 1 - self.draw(0..PAGE / 2));
+        self.shared.trace.record(What::Announced { op, bytes: start..end });
+        AddrRange::new(start, end).expect("the halves of a page do not meet")
+    }
+
+    /// `do_numa_page`: a page is moved because a device has faulted it, and the fault waits until nobody has the old one.
+    async fn migrate(&self, Migration { space, page, moved }: Migration) {
+        let frames = self.shared.memory.lock().take(space, page..page + 1);
+        let op = self.begin(space, page..page + 1, Called::Page, Wait::ForTargets);
+        self.shared.trace.record(What::InFault { op });
+        let told = self.host.invalidate_page(id(space), page << 12, Cause::Migrate, Wait::ForTargets).await;
+        self.free_when_told(op, space, told, frames).await;
+        drop(moved);
     }
 
     fn begin(&self, space: u64, pages: Range<u64>, called: Called, wait: Wait) -> Op {
@@ -352,6 +397,7 @@ impl Source {
             seq: result.seq.map(Seq::get),
             targets: result.targets.iter().map(target).collect(),
             dispatched: when(result.times.dispatched),
+            young: result.young,
             resolved: result.times.resolved.map(when),
         }
     }
@@ -359,15 +405,4 @@ impl Source {
 
 fn id(space: u64) -> AddressSpaceId {
     AddressSpaceId::new(space).expect("it was given out")
-}
-
-fn invalidation(space: u64, pages: Range<u64>, wait: Wait) -> Invalidation {
-    Invalidation {
-        address_space: id(space),
-        range: range_of(pages),
-        cause: Cause::Unmap,
-        owner: None,
-        wait,
-        resident_pages: None,
-    }
 }

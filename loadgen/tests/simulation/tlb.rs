@@ -1,20 +1,23 @@
 //! A device's TLB: what it holds by itself, what is going on through it, and how long a flush takes.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use shootdown_client::{
-    CommitTicket, DeviceTlb, Enforcement, FlushAllCause, Flushed, Gate, Invalidation, Mapping, Young,
+    AddrRange, CommitTicket, DeviceTlb, Enforcement, FlushAllCause, Flushed, Gate, Invalidation, Mapping,
+    Young,
 };
 use tokio::sync::Notify;
 
 use crate::fabric::DeviceRun;
-use crate::memory::pages_of;
+use crate::memory::{range_of, whole_pages_of};
 use crate::plan::{Broken, DevicePlan, Table};
 use crate::shared::Shared;
-use crate::trace::{Frame, Life, Pages, Scope, Span, What};
+use crate::trace::{Asks, Frame, Life, Pages, Scope, Span, Told, What};
 
 /// One life's TLB: a session has it from Hello until everything is flushed.
 pub struct SimTlb {
@@ -38,6 +41,8 @@ pub struct SimTlb {
 struct Own {
     entries: Vec<Entry>,
     uses: Vec<(Span, Entry)>,
+    /// Pages that were used since that was last told.
+    used: BTreeSet<(u64, u64)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +62,7 @@ impl SimTlb {
             life,
             run,
             plan,
-            table: Mutex::new(Own { entries, uses: Vec::new() }),
+            table: Mutex::new(Own { entries, ..Own::default() }),
             use_ended: Notify::new(),
             rng: Mutex::new(StdRng::seed_from_u64(seed)),
             subscribed: Mutex::default(),
@@ -97,6 +102,7 @@ impl SimTlb {
         }
         let entry = *table.entries.iter().find(|entry| (entry.space, entry.page) == (space, page))?;
         let begun = Use::begin(self, space, page, entry.frame)?;
+        table.used.insert((space, page));
         table.uses.push((begun.span, entry));
         Some(begun)
     }
@@ -106,14 +112,14 @@ impl SimTlb {
         scope: Scope,
         invalidation: Option<Invalidation>,
         replacement: Option<CommitTicket>,
-    ) {
+    ) -> Vec<AddrRange> {
         let span = self.shared.trace.next_span();
-        let notice = invalidation.and_then(|invalidation| invalidation.notice).map(|notice| notice.get());
-        let seq = invalidation.and_then(|invalidation| invalidation.seq).map(|seq| seq.get());
+        let told = invalidation.and_then(|invalidation| told(&invalidation, Asks::Stop));
         let (life, covers) = (self.life, scope.clone());
-        self.shared.trace.record(What::FlushBegan { life, span, scope, notice, seq });
+        self.shared.trace.record(What::FlushBegan { life, span, scope, told });
         if self.is_skipped(&covers) {
-            return self.shared.trace.record(What::FlushEnded { span });
+            self.shared.trace.record(What::FlushEnded { span });
+            return Vec::new();
         }
         let covered = |entry: &Entry| match &covers {
             Scope::Pages(pages) => pages.holds(entry.space, entry.page),
@@ -145,7 +151,22 @@ impl SimTlb {
             }
             (None, _) => {}
         }
+        let used = self.take_used(&covers);
         self.shared.trace.record(What::FlushEnded { span });
+        used
+    }
+
+    /// What of it was used through the device's own table since it was last told; what is being used is used again.
+    fn take_used(&self, scope: &Scope) -> Vec<AddrRange> {
+        let covered = |space: u64, page: u64| match scope {
+            Scope::Pages(pages) => pages.holds(space, page),
+            Scope::Everything | Scope::EverythingOfTheSession => true,
+        };
+        let mut table = self.table.lock();
+        let used: Vec<_> = table.used.extract_if(.., |(space, page)| covered(*space, *page)).collect();
+        let open: Vec<_> = table.uses.iter().map(|(_, entry)| (entry.space, entry.page)).collect();
+        table.used.extend(open);
+        used.into_iter().map(|(_, page)| range_of(page..page + 1)).collect()
     }
 
     fn is_skipped(&self, scope: &Scope) -> bool {
@@ -186,15 +207,24 @@ impl SimTlb {
     }
 
     fn pages(invalidation: &Invalidation) -> Scope {
-        let pages = pages_of(invalidation.range);
+        // Hardware drops whole pages: those that are named entirely.
+        let pages = whole_pages_of(invalidation.range);
         Scope::Pages(Pages { space: invalidation.address_space.get(), pages })
     }
 }
 
+/// `None`: the device itself asked for the flush.
+fn told(invalidation: &Invalidation, asks: Asks) -> Option<Told> {
+    let (notice, seq) = invalidation.notice.zip(invalidation.seq)?;
+    let range = invalidation.range;
+    let bytes = range.start()..range.last().saturating_add(1);
+    Some(Told { notice: notice.get(), seq: seq.get(), bytes, asks })
+}
+
 impl DeviceTlb for SimTlb {
     async fn invalidate(&self, invalidation: Invalidation) -> Flushed {
-        self.flush(Self::pages(&invalidation), Some(invalidation), None).await;
-        Flushed::default()
+        let young = self.flush(Self::pages(&invalidation), Some(invalidation), None).await;
+        Flushed { young, ..Flushed::default() }
     }
 
     async fn flush_all(&self, cause: FlushAllCause) {
@@ -210,17 +240,22 @@ impl DeviceTlb for SimTlb {
     async fn clear_young(&self, invalidation: Invalidation) -> Young {
         // Nothing is dropped, but it is asked and answered as a flush is.
         let span = self.shared.trace.next_span();
-        let (notice, seq) = (invalidation.notice.map(|n| n.get()), invalidation.seq.map(|seq| seq.get()));
-        let scope = Self::pages(&invalidation);
-        self.shared.trace.record(What::FlushBegan { life: self.life, span, scope, notice, seq });
+        let (scope, told) = (Self::pages(&invalidation), told(&invalidation, Asks::Young));
+        let covers = scope.clone();
+        self.shared.trace.record(What::FlushBegan { life: self.life, span, scope, told });
         self.take_time().await;
+        // Every second device has no bits of its own.
+        let young = match self.plan.index % 2 {
+            0 => Young::Known(self.take_used(&covers)),
+            _ => Young::Unknown,
+        };
         self.shared.trace.record(What::FlushEnded { span });
-        Young::Unknown
+        young
     }
 
     async fn change_pte(&self, invalidation: Invalidation, replacement: CommitTicket) -> Flushed {
-        self.flush(Self::pages(&invalidation), Some(invalidation), Some(replacement)).await;
-        Flushed::default()
+        let young = self.flush(Self::pages(&invalidation), Some(invalidation), Some(replacement)).await;
+        Flushed { young, ..Flushed::default() }
     }
 }
 
@@ -245,5 +280,25 @@ impl Drop for Use {
         self.tlb.shared.fabric.end(self.span, &self.tlb.shared.trace);
         self.tlb.table.lock().uses.retain(|(span, _)| *span != self.span);
         self.tlb.use_ended.notify_waiters();
+    }
+}
+
+/// The device has asked for pages.
+#[must_use]
+pub struct Asking {
+    tlb: Arc<SimTlb>,
+    span: Span,
+}
+
+impl Asking {
+    pub fn begin(tlb: &Arc<SimTlb>, space: u64, pages: Range<u64>) -> Self {
+        let span = tlb.shared.trace.next_span();
+        tlb.tell(|life| What::FaultBegan { life, span, pages: Pages { space, pages } });
+        Self { tlb: Arc::clone(tlb), span }
+    }
+
+    /// It was granted. Those that come to nothing with their stream do so all at once, in no order.
+    pub fn granted(self) {
+        self.tlb.shared.trace.record(What::FaultEnded { span: self.span });
     }
 }

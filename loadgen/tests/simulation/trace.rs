@@ -9,6 +9,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::clock;
+use crate::memory::PAGE;
 
 /// One frame from its allocation until it is freed. The device's [`shootdown_core::FrameNumber`] carries
 /// both numbers, so that a use always says which allocation it means.
@@ -90,6 +91,8 @@ pub struct Answer {
     pub verdict: Verdict,
     pub seq: Option<u64>,
     pub targets: Vec<Target>,
+    /// What the devices said, and what the host agent had kept of what they had said before.
+    pub young: bool,
     /// When the notices were in the outboxes, and when the last target was resolved.
     pub dispatched: Duration,
     pub resolved: Option<Duration>,
@@ -127,6 +130,25 @@ pub enum Scope {
     EverythingOfTheSession,
 }
 
+/// A notice, as the device has it from the SDK.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Told {
+    pub notice: u64,
+    pub seq: u64,
+    /// Of its range; to the end of the numbers, where that is everything.
+    pub bytes: Range<u64>,
+    pub asks: Asks,
+}
+
+/// What a notice asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Asks {
+    /// To say what was used.
+    Young,
+    /// To stop.
+    Stop,
+}
+
 /// What can happen.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum What {
@@ -142,6 +164,15 @@ pub enum What {
         called: Called,
         pages: Pages,
         patience: Patience,
+    },
+    /// What was named were these bytes, and not whole pages.
+    Announced {
+        op: Op,
+        bytes: Range<u64>,
+    },
+    /// A device's fault waits for it.
+    InFault {
+        op: Op,
     },
     Answered {
         op: Op,
@@ -199,6 +230,8 @@ pub enum What {
     Subscribed {
         life: Life,
         space: u64,
+        /// The newest event at the time.
+        seq: Option<u64>,
     },
     /// It was refused: nobody could stop the device.
     Barred {
@@ -219,8 +252,7 @@ pub enum What {
         life: Life,
         span: Span,
         scope: Scope,
-        notice: Option<u64>,
-        seq: Option<u64>,
+        told: Option<Told>,
     },
     FlushEnded {
         span: Span,
@@ -233,6 +265,15 @@ pub enum What {
         frame: Frame,
     },
     UseEnded {
+        span: Span,
+    },
+    FaultBegan {
+        life: Life,
+        span: Span,
+        pages: Pages,
+    },
+    /// It was granted.
+    FaultEnded {
         span: Span,
     },
     /// The host agent served a frame's bytes, which say how often it had been freed by then.
@@ -416,6 +457,11 @@ impl Frame {
 impl Pages {
     pub fn overlaps(&self, other: &Self) -> bool {
         self.space == other.space && self.pages.start < other.pages.end && other.pages.start < self.pages.end
+    }
+
+    /// Every byte of them.
+    pub fn bytes(&self) -> Range<u64> {
+        self.pages.start * PAGE..self.pages.end * PAGE
     }
 
     pub fn holds(&self, space: u64, page: u64) -> bool {

@@ -190,11 +190,7 @@ fn the_table_of_invariants_is_that_of_tests_model_and_simulation() {
         let files = tests.get(&snake(name)).unwrap_or_else(|| panic!("{name} has no test of its name"));
         let named = files.iter().filter(|file| test.contains(&format!("`{file}::{}`", snake(name))));
         assert!(named.count() > 0, "the row of {name} names none of its tests, which are in {files:?}");
-        let listed: Vec<&str> = mutations
-            .lines()
-            .filter(|line| line.contains(&format!("\"{name}\"")))
-            .filter_map(|line| line.split_once("Mutation::")?.1.split(',').next())
-            .collect();
+        let listed = mutations_of(&mutations, name);
         for mutation in &listed {
             assert!(model.contains(mutation), "the row of {name} leaves out the model's {mutation}");
         }
@@ -209,6 +205,16 @@ fn the_table_of_invariants_is_that_of_tests_model_and_simulation() {
             "the simulation's check of {name}"
         );
     }
+    let (_, above_all) = document.split_once("have NoStaleUse: ").expect("what is above them all");
+    for mutation in mutations_of(&mutations, "NoStaleUse") {
+        assert!(above_all.contains(mutation), "NoStaleUse is broken by {mutation}, too");
+    }
+}
+
+/// The wrong rules that the model lists for a property.
+fn mutations_of<'a>(mutations: &'a str, property: &str) -> Vec<&'a str> {
+    let listed = mutations.lines().filter(|line| line.contains(&format!("\"{property}\"")));
+    listed.filter_map(|line| line.split_once("Mutation::")?.1.split(',').next()).collect()
 }
 
 /// The Rust files of a folder, by their paths from the root.

@@ -23,6 +23,9 @@ pub(crate) enum Action {
     Register,
     Retry(u8),
     Fault(usize, Page),
+    FaultForWriting(usize, Page),
+    /// The bracket that a fault waits for has ended.
+    FaultGoesOn(u8, u8),
     Commit(u8, usize),
     ToDevice(usize),
     ToHost(u8, u8),
@@ -115,6 +118,9 @@ pub(crate) fn of_devices(config: &Config, state: &State, actions: &mut Vec<Actio
             if config.faults && run.link.is_some() && run.tlb[usize::from(page)].is_none() {
                 actions.push(Action::Fault(device, page));
             }
+            if config.breaks && run.link.is_some() {
+                actions.push(Action::FaultForWriting(device, page));
+            }
             if config.young {
                 actions.push(Action::Use(device, page));
             }
@@ -171,6 +177,9 @@ pub(crate) fn of_hosts(config: &Config, state: &State, actions: &mut Vec<Action>
             }
             if config.devices[session.device].fencer && !session.phase.is_over() {
                 actions.extend([Confirms::Yes, Confirms::No].map(|says| Action::Fencer(process, id, says)));
+            }
+            if session.fault.is_some() {
+                actions.push(Action::FaultGoesOn(process, id));
             }
             if session.phase == Phase::Fenced && !session.told {
                 actions.push(Action::Tell(process, index));

@@ -3,6 +3,8 @@
 //! Each is exhausted. One search with everything in it would not end; the rules meet in pairs, and each
 //! pair that matters has a configuration.
 
+use shootdown_core::{PageSize, Seq};
+
 /// How much there is of everything.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Config {
@@ -12,6 +14,8 @@ pub(crate) struct Config {
     /// Each page is an address space of its own, and each device has subscribed to that of the page of its number.
     pub(crate) apart: bool,
     pub(crate) events: u8,
+    /// The sequence of the last event before those.
+    pub(crate) began_after: Option<Seq>,
     /// The highest tick of either clock.
     pub(crate) horizon: u8,
     /// The most by which the clocks differ, in ticks. 0: they are one.
@@ -27,6 +31,8 @@ pub(crate) struct Config {
     /// Accesses to frames by way of the host agent, which take time.
     pub(crate) accesses: bool,
     pub(crate) non_blockable: bool,
+    /// Faults for writing, for which the source copies a page.
+    pub(crate) breaks: bool,
     pub(crate) disconnects: u8,
     /// Messages of a stream that is up may be lost, which gRPC does not do: the number of them.
     pub(crate) losses: u8,
@@ -48,6 +54,8 @@ pub(crate) struct DeviceKind {
     pub(crate) enforces: bool,
     /// A fencer is configured for it.
     pub(crate) fencer: bool,
+    /// How much one of its translations covers.
+    pub(crate) translates: PageSize,
 }
 
 impl Config {
@@ -57,10 +65,12 @@ impl Config {
     }
 }
 
-const PLAIN: DeviceKind = DeviceKind { enforces: true, fencer: false };
-const FENCEABLE: DeviceKind = DeviceKind { enforces: true, fencer: true };
-const UNLEASED: DeviceKind = DeviceKind { enforces: false, fencer: true };
-const UNSTOPPABLE: DeviceKind = DeviceKind { enforces: false, fencer: false };
+const PLAIN: DeviceKind = DeviceKind { enforces: true, fencer: false, translates: PageSize::BASE };
+const FENCEABLE: DeviceKind = DeviceKind { fencer: true, ..PLAIN };
+const UNLEASED: DeviceKind = DeviceKind { enforces: false, ..FENCEABLE };
+const UNSTOPPABLE: DeviceKind = DeviceKind { enforces: false, ..PLAIN };
+const WIDE: DeviceKind =
+    DeviceKind { translates: PageSize::from_bytes(8192).expect("a power of two"), ..PLAIN };
 
 const NOTHING: Config = Config {
     name: "",
@@ -79,6 +89,8 @@ const NOTHING: Config = Config {
     young: false,
     accesses: false,
     non_blockable: false,
+    breaks: false,
+    began_after: None,
     disconnects: 0,
     losses: 0,
     device_crashes: 0,
@@ -103,11 +115,12 @@ pub(crate) const ROUND: Config = Config {
     ..NOTHING
 };
 
-/// A window of one notice, so that the third event finds the second pending.
+/// A window of one notice, so that the third event finds the second pending. Sequences reach the highest bit.
 pub(crate) const MERGE: Config = Config {
     name: "merge",
     pages: 3,
     events: 3,
+    began_after: Seq::new(i64::MAX as u64 - 2),
     window: 1,
     faults: false,
     disconnects: 1,
@@ -138,6 +151,44 @@ pub(crate) const JOIN: Config = Config {
     subscriptions: true,
     floor: 10_000,
     reaches: &["released", "unsubscribed"],
+    ..NOTHING
+};
+
+/// Faults for which the source copies a page, and so waits for the device that waits for the answer; time stands
+/// still. Of two devices and two pages each may wait for the other's.
+pub(crate) const BREAK: Config = Config {
+    name: "break",
+    devices: &[PLAIN, PLAIN],
+    pages: 2,
+    events: 2,
+    sessions: 2,
+    faults: false,
+    breaks: true,
+    floor: 50_000,
+    reaches: &["a fault waits for its own session", "a newer frame is held", "released"],
+    ..NOTHING
+};
+
+/// The same with a stream that ends while a fault waits.
+pub(crate) const BREAK_LOST: Config = Config {
+    name: "break, stream lost",
+    events: 2,
+    sessions: 2,
+    breaks: true,
+    disconnects: 1,
+    floor: 500,
+    reaches: &["a fault waits for its own session", "resumed", "released"],
+    ..NOTHING
+};
+
+/// A device whose translations are of two pages each, and events of one; the third page is alone in its own.
+pub(crate) const WIDE_TRANSLATIONS: Config = Config {
+    name: "wide translations",
+    devices: &[WIDE],
+    pages: 3,
+    events: 2,
+    floor: 1_000,
+    reaches: &["taken out beside what was told", "a newer frame is held", "released"],
     ..NOTHING
 };
 
@@ -355,11 +406,14 @@ pub(crate) const TAKEOVER_CLOCKS: Config = Config {
 };
 
 /// Every configuration.
-pub(crate) const EVERY: [Config; 19] = [
+pub(crate) const EVERY: [Config; 22] = [
     ROUND,
     MERGE,
     APART,
     JOIN,
+    BREAK,
+    BREAK_LOST,
+    WIDE_TRANSLATIONS,
     LEASE,
     FENCE,
     UNSTOPPED,

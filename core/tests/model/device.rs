@@ -7,8 +7,10 @@ use shootdown_core::{Ack, FlushReport};
 
 use crate::mutations::Mutation;
 use crate::state::{
-    Down, Held, Joined, Link, Page, Run, Set, Subscription, Up, members, moment, number, range_of, terms,
+    Down, Held, Joined, Link, Page, Run, Set, Subscription, Told, Up, members, moment, number, range_of,
+    terms,
 };
+use crate::waits::Task;
 use crate::world::World;
 
 /// Whether the Welcome reaches the device.
@@ -139,6 +141,7 @@ impl World<'_> {
         // The old stream is cut at once.
         let session = self.state.hosts[at].session_mut(joined.id)?;
         session.up.clear();
+        session.end_waits();
         session.resumed = true;
         session.phase = Phase::Live;
         if session.is_overdue(now) {
@@ -148,12 +151,13 @@ impl World<'_> {
             session.lease.grant(moment(now));
         }
         let again: Vec<Down> =
-            session.sent.iter().map(|sent| Down::Notice { n: sent.n, pages: sent.pages }).collect();
+            session.sent.iter().map(|sent| Down::Notice { n: sent.n, told: Told::of(sent.range) }).collect();
         self.state.hosts[at].tickets.retain(|ticket| ticket.session != joined.id);
         let device_now = moment(self.state.device_clock);
         let run = self.run_mut(device);
         let down = if sends_nothing { Vec::new() } else { again };
         run.link = Some(Link { process, down });
+        run.flusher = Task::Works;
         run.highest = run.highest.max(incarnation);
         if let Some(joined) = run.session.as_mut().filter(|_| renews) {
             joined.lease.on_granted(device_now, terms().duration);
@@ -167,10 +171,15 @@ impl World<'_> {
         let run = self.run_mut(device);
         let link = run.link.as_mut().filter(|link| !link.down.is_empty())?;
         match link.down.remove(0) {
-            Down::Notice { n, pages } => self.on_notice(device, n, pages),
-            Down::Grant(page, frame) => {
+            Down::Notice { n, told } => {
+                let pages = self.taken_out(device, told);
+                self.on_notice(device, n, pages);
+            }
+            Down::Grant(translation) => {
                 let session = run.session_id()?;
-                run.tlb[usize::from(page)] = Some(Held { frame, session });
+                for (page, frame) in translation.pages() {
+                    run.tlb[usize::from(page)] = Some(Held { frame, session });
+                }
             }
             Down::Lease(sent) => {
                 let joined = run.session.as_mut()?;
@@ -223,7 +232,7 @@ impl World<'_> {
         let acked_first = self.broken(Mutation::AckBeforeFlush);
         let reports = self.config.young;
         let run = self.run_mut(device);
-        if index >= run.flushing.len() {
+        if index >= run.flushing.len() || run.flusher != Task::Works {
             return None;
         }
         let (n, pages) = run.flushing[index];
@@ -289,7 +298,9 @@ impl World<'_> {
 
     /// Its end of the stream is lost, with what was on its way to it.
     pub(crate) fn disconnect(&mut self, device: usize) {
-        self.run_mut(device).link = None;
+        let run = self.run_mut(device);
+        run.link = None;
+        run.flusher = Task::Works;
     }
 
     /// The session is given up: every level of the TLB is flushed, every use is over.
@@ -353,14 +364,20 @@ impl World<'_> {
         let run = self.run(device);
         let (link, id) = (run.link.as_ref()?, run.session_id()?);
         let at = self.acts(link.process)?;
+        let acks_wait = self.broken(Mutation::AcksWaitForGracePeriod);
         let session = self.state.hosts[at].session_mut(id)?;
         if !matches!(session.subscription, Subscription::Subscribed(_)) {
             return None;
         }
         session.subscription = Subscription::Leaving;
+        session.end_waits();
+        if acks_wait {
+            session.reader = Task::WaitsForGracePeriod;
+        }
         self.state.hosts[at].tickets.retain(|ticket| ticket.session != id);
         let run = self.run_mut(device);
         run.tlb.fill(None);
+        run.flusher = Task::Works;
         if let Some(link) = &mut run.link {
             link.down.retain(|message| !matches!(message, Down::Grant(..)));
         }

@@ -1,7 +1,7 @@
 //! Which page is granted, and when: `core/src/gate.rs`, `server/src/session/fault.rs`.
 
 use crate::mutations::Mutation;
-use crate::state::{Down, Page, Subscription, Ticket};
+use crate::state::{Down, Page, Set, Subscription, Ticket, Translation, members};
 use crate::world::World;
 
 impl World<'_> {
@@ -12,13 +12,16 @@ impl World<'_> {
         let at = self.acts(link.process)?;
         let host = &self.state.hosts[at];
         let session = host.session(id)?;
-        let frame = self.state.source.mapped[usize::from(page)];
+        let of = self.config.translation(device, page);
         let asks = self.config.subscribes(device, page)
             && run.tlb[usize::from(page)].is_none()
-            && !link.down.iter().any(|message| matches!(message, Down::Grant(of, _) if *of == page))
-            && !host.tickets.iter().any(|ticket| (ticket.session, ticket.page) == (id, page))
+            && !link
+                .down
+                .iter()
+                .any(|message| matches!(message, Down::Grant(translation) if translation.has(page)))
+            && !host.tickets.iter().any(|ticket| ticket.session == id && ticket.translation.has(page))
             && !(run.flushing.iter().any(|(_, pages)| pages >> page & 1 == 1));
-        let held = host.brackets.iter().any(|&called| self.covers(called, page));
+        let held = self.bracket_over(at, of).is_some();
         let may = matches!(session.subscription, Subscription::Subscribed(_)) && session.phase.has_stream();
         if !asks
             || !may
@@ -28,7 +31,8 @@ impl World<'_> {
         {
             return None;
         }
-        self.state.hosts[at].tickets.push(Ticket { session: id, page, frame, spoiled: false });
+        let translation = Translation::new(of, &self.state.source.mapped);
+        self.state.hosts[at].tickets.push(Ticket { session: id, translation, spoiled: false });
         Some(())
     }
 
@@ -43,14 +47,19 @@ impl World<'_> {
             || self.broken(Mutation::GrantInBracket)
             || self.broken(Mutation::SpoiledTicketCommitted);
         if committed {
-            let host = &self.state.hosts[at];
-            let in_bracket = host.brackets.iter().any(|&called| self.covers(called, ticket.page));
-            let unaccounted = self.an_older_lease_may_be_used(host.registration);
+            let in_bracket = self.bracket_over(at, ticket.translation.of).is_some();
+            let unaccounted = self.an_older_lease_may_be_used(self.state.hosts[at].registration);
             self.state.ghost.granted_in_window |= in_bracket || ticket.spoiled;
             self.state.ghost.acted_in_grace |= unaccounted;
-            self.send_down(at, ticket.session, Down::Grant(ticket.page, ticket.frame));
+            self.send_down(at, ticket.session, Down::Grant(ticket.translation));
         }
         Some(())
+    }
+
+    /// The event of a bracket over any of these pages.
+    pub(crate) fn bracket_over(&self, at: usize, pages: Set) -> Option<u8> {
+        let over = |called: u8| members(pages).any(|page| self.covers(called, page));
+        self.state.hosts[at].brackets.iter().copied().find(|called| over(*called))
     }
 
     fn covers(&self, called: u8, page: Page) -> bool {

@@ -11,10 +11,12 @@ use shootdown_core::{Ack, DeviceId, SessionId};
 
 use crate::mutations::Mutation;
 use crate::round::{OpenRound, TheRound, event};
+use crate::sequences::signed_max;
 use crate::state::{
-    CallState, Down, Ended, Page, Pending, Sent, Session, Set, T_ACK, T_FENCE, Up, members, moment, number,
-    range_of, terms,
+    CallState, Down, Ended, Page, Pending, Sent, Session, Set, T_ACK, T_FENCE, Told, Up, members, moment,
+    number, range_of, terms,
 };
+use crate::waits::Task;
 use crate::world::World;
 
 impl World<'_> {
@@ -44,11 +46,12 @@ impl World<'_> {
         let method = if self.config.young { Method::ClearFlushYoung } else { Method::Invalidate };
         let (config, one_list) = (self.config, self.broken(Mutation::OneListForAll));
         let forgets_accesses = self.broken(Mutation::FencedIsNoTarget);
+        let seq = self.next_seq(at);
         let host = &mut self.state.hosts[at];
-        host.seq += 1;
-        let seq = host.seq;
+        host.last_seq = Some(seq);
+        host.opened += 1;
         host.brackets.push(called);
-        for ticket in host.tickets.iter_mut().filter(|ticket| ticket.page == page) {
+        for ticket in host.tickets.iter_mut().filter(|ticket| ticket.translation.has(page)) {
             ticket.spoiled = true;
         }
         // One that is over is a target until its accesses are known to have ended.
@@ -64,9 +67,15 @@ impl World<'_> {
         let host = &mut self.state.hosts[at];
         host.rounds.retain(|open| open.event != called);
         let targets: Vec<u8> = targets.into_iter().map(|(id, _)| id).collect();
-        host.rounds.push(OpenRound { event: called, seq, round, targets: targets.clone() });
+        host.rounds.push(OpenRound {
+            event: called,
+            seq,
+            opened: host.opened,
+            round,
+            targets: targets.clone(),
+        });
         for id in targets {
-            self.push(at, id, Pending { pages: 1 << page, seq, events: 1 << called, since: now });
+            self.push(at, id, Pending { range: range_of(page), seq, events: 1 << called, since: now });
             self.pump(at, id);
         }
     }
@@ -76,6 +85,7 @@ impl World<'_> {
         let (most, window) = (self.config.max_pending, self.config.window);
         let (keeps_first, drops) =
             (self.broken(Mutation::MergeKeepsFirst), self.broken(Mutation::FullOutboxDrops));
+        let signed = self.broken(Mutation::SequencesAreSigned);
         let Some(session) = self.state.hosts[at].session_mut(id) else { return };
         if drops && session.sent.len() >= window {
             return;
@@ -85,8 +95,8 @@ impl World<'_> {
         } else if let Some(last) = session.pending.last_mut() {
             last.events |= notice.events;
             if !keeps_first {
-                last.pages |= notice.pages;
-                last.seq = last.seq.max(notice.seq);
+                last.range = last.range.hull(notice.range);
+                last.seq = if signed { signed_max(last.seq, notice.seq) } else { last.seq.max(notice.seq) };
             }
         }
     }
@@ -99,11 +109,11 @@ impl World<'_> {
             if !session.phase.has_stream() || session.sent.len() >= window || session.pending.is_empty() {
                 return;
             }
-            let Pending { pages, seq, events, .. } = session.pending.remove(0);
+            let Pending { range, seq, events, .. } = session.pending.remove(0);
             session.last_sent += 1;
             let n = session.last_sent;
-            session.sent.push(Sent { n, pages, seq, events, at: now });
-            self.send_down(at, id, Down::Notice { n, pages });
+            session.sent.push(Sent { n, range, seq, events, at: now });
+            self.send_down(at, id, Down::Notice { n, told: Told::of(range) });
         }
     }
 
@@ -124,7 +134,7 @@ impl World<'_> {
     pub(crate) fn deliver_up(&mut self, process: u8, id: u8) -> Option<()> {
         let at = self.acts(process)?;
         let session = self.state.hosts[at].session_mut(id)?;
-        if session.up.is_empty() {
+        if session.up.is_empty() || session.reader != Task::Works {
             return None;
         }
         match session.up.remove(0) {
@@ -268,6 +278,7 @@ impl World<'_> {
     fn end_session(&mut self, at: usize, index: usize, how: &Resolution) {
         let session = &mut self.state.hosts[at].sessions[index];
         session.told = true;
+        session.end_waits();
         let id = session.id;
         self.resolve_all(at, index, how);
         let session = &mut self.state.hosts[at].sessions[index];
@@ -297,6 +308,7 @@ impl World<'_> {
         let Some(index) = host.sessions.iter().position(|session| session.id == id) else { return };
         host.sessions[index].phase = Phase::Severed;
         host.sessions[index].up.clear();
+        host.sessions[index].end_waits();
         host.tickets.retain(|ticket| ticket.session != id);
         if drops_target {
             for open in &mut host.rounds {

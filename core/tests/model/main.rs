@@ -17,8 +17,9 @@
 //! # What is real
 //!
 //! Leases on both sides (`core/src/lease.rs`), rounds and how their targets are resolved
-//! (`core/src/round.rs`), the device's books (`core/src/ack.rs`), and the phases of a session are the code
-//! that ships; time is an argument there, so a tick of the model is a nanosecond to them.
+//! (`core/src/round.rs`), the device's books (`core/src/ack.rs`), ranges (`core/src/range.rs`), sequences
+//! (`core/src/id.rs`), and the phases of a session are the code that ships; time is an argument there, so a tick of
+//! the model is a nanosecond to them.
 //!
 //! # What is abstract
 //!
@@ -26,8 +27,10 @@
 //!   and [`device`], after `core/src/session.rs`, `core/src/outbox.rs` and `server/src/session/`: the real
 //!   ones cannot be cloned and compared. A stream that is up takes what the window allows at once.
 //! * The gate (`core/src/gate.rs`) is a list of brackets and of tickets, each spoiled or not. There is one address
-//!   space, or (in one world) two of a page each; a range is a set of pages; FlushAll is the set of all that was
-//!   merged.
+//!   space, or (in one world) two of a page each. An event is about one page, a merged notice about the smallest
+//!   range that covers its events; there is no FlushAll.
+//! * Of tasks there are those that an ack needs: that which reads a stream, and that which flushes. A fault that waits is
+//!   served beside them. There are no locks.
 //! * A frame is a page and a number. It is released once, so that to use it after that is to use a page of
 //!   somebody else, and NoStaleUse asks that of everything a TLB holds, whether it is used or not.
 //! * A stream is first in, first out in each direction, for any time. When it ends, what is on its way to
@@ -47,9 +50,8 @@
 //!   agent ends before the host's clock moves, if a fence waits for it.
 //! * A resume point that does not fit makes no session: the device flushes everything, and connects as one
 //!   that holds nothing.
-//! * The budget of the quarantine, eviction, owners, causes, huge pages and `change_pte` are not in it. Nor are
-//!   NoSelfWait, RangeOverApproximates and SeqCompare: they are about locks and encodings. Of Isolation there is who
-//!   is waited for, not whose lock or queue.
+//! * The budget of the quarantine, eviction, owners, causes and `change_pte` are not in it, nor a range that is told as
+//!   the whole address space. Of Isolation there is who is waited for, not whose lock or queue.
 //!
 //! `cargo test -p shootdown-core --test model -- --nocapture` prints how many states there are, and for
 //! each mutation the shortest way to what it breaks.
@@ -58,11 +60,14 @@
 
 mod config;
 mod ticks;
+mod ranges;
+mod sequences;
 mod round;
 mod state;
 mod source;
 mod host;
 mod gate;
+mod waits;
 mod restart;
 mod device;
 mod actions;
@@ -134,6 +139,9 @@ holds! {
     a_full_window: MERGE,
     two_address_spaces: APART,
     joining_and_leaving: JOIN,
+    faults_that_copy_a_page: BREAK,
+    faults_whose_stream_is_lost: BREAK_LOST,
+    translations_of_more_than_a_page: WIDE_TRANSLATIONS,
     two_clocks: LEASE,
     a_fencer_and_accesses_that_take_time: FENCE,
     a_device_that_nobody_can_stop: UNSTOPPED,
@@ -190,8 +198,11 @@ found! {
     fence_reaches_reuse: "FenceReachesReuse",
     restart_grace: "RestartGrace",
     isolation: "Isolation",
+    no_self_wait: "NoSelfWait",
     bounded_resolution: "BoundedResolution",
     young_is_conservative: "YoungIsConservative",
+    range_over_approximates: "RangeOverApproximates",
+    seq_compare: "SeqCompare",
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! One wrong rule at a time, and the property that it breaks.
 
 use crate::config::{
-    APART, Config, DEVICE_CRASH, FENCE, JOIN, LEASE, LOSS, MERGE, PLANNED, PLANNED_GRACE, PLANNED_HANG,
-    RECONNECT, RESTART, RESTARTS, RESUME, ROUND, TAKEOVER, TAKEOVER_CLOCKS, UNSTOPPED,
+    APART, BREAK, Config, DEVICE_CRASH, FENCE, JOIN, LEASE, LOSS, MERGE, PLANNED, PLANNED_GRACE,
+    PLANNED_HANG, RECONNECT, RESTART, RESTARTS, RESUME, ROUND, TAKEOVER, TAKEOVER_CLOCKS, UNSTOPPED,
+    WIDE_TRANSLATIONS,
 };
 
 /// A rule that is broken.
@@ -82,16 +83,32 @@ pub(crate) enum Mutation {
     OldAnswerTaken,
     /// There is one list of subscribers for all address spaces.
     OneListForAll,
+    /// A session's task reads no acks while it serves a fault.
+    AcksWaitForFault,
+    /// A device flushes nothing while it waits for the answer to a fault.
+    FlushWaitsForFault,
+    /// A session's task reads no acks while it waits until no round counts on the session.
+    AcksWaitForGracePeriod,
     /// Heartbeats renew the lease of a session that owes an ack.
     SuspectRenewed,
     /// A resume renews the lease.
     ResumeRenewsLease,
     /// A notice that was flushed before a resume is acked again without young bits.
     SecondAckWithoutYoung,
+    /// A notice takes out the translations that lie in its range, and none that it only touches.
+    RangeRoundedInward,
+    /// The end of a range that reaches the top, 0 on the wire, makes it an empty one.
+    TopTakenForEmpty,
+    /// Sequences are of 63 bits: after the highest comes the first again.
+    SequenceWraps,
+    /// Sequences are compared as numbers with a sign.
+    SequencesAreSigned,
+    /// Who joins before the first event has read the first sequence.
+    NothingIsANumber,
 }
 
 /// Each mutation, the property that finds it, and the configuration in which it does.
-pub(crate) const MUTATIONS: [(Mutation, &str, Config); 48] = [
+pub(crate) const MUTATIONS: [(Mutation, &str, Config); 58] = [
     (Mutation::DeadlineReleases, "NoFreeBeforeQuiesce", ROUND),
     (Mutation::AckBeforeFlush, "AckMeansStopped", ROUND),
     (Mutation::AckBeforeFlush, "NoStaleUse", ROUND),
@@ -136,8 +153,18 @@ pub(crate) const MUTATIONS: [(Mutation, &str, Config); 48] = [
     (Mutation::LeaseCountedAnew, "BoundedResolution", RESTARTS),
     (Mutation::OldAnswerTaken, "NoStaleUse", TAKEOVER),
     (Mutation::OneListForAll, "Isolation", APART),
+    (Mutation::AcksWaitForFault, "NoSelfWait", BREAK),
+    (Mutation::FlushWaitsForFault, "NoSelfWait", BREAK),
+    (Mutation::AcksWaitForGracePeriod, "NoSelfWait", JOIN),
     (Mutation::SuspectRenewed, "BoundedResolution", LEASE),
     (Mutation::ResumeRenewsLease, "BoundedResolution", RECONNECT),
     (Mutation::SecondAckWithoutYoung, "YoungIsConservative", RESUME),
     (Mutation::AnyIncarnationResumes, "NoStaleUse", PLANNED),
+    (Mutation::RangeRoundedInward, "RangeOverApproximates", WIDE_TRANSLATIONS),
+    (Mutation::RangeRoundedInward, "NoStaleUse", WIDE_TRANSLATIONS),
+    (Mutation::TopTakenForEmpty, "RangeOverApproximates", WIDE_TRANSLATIONS),
+    (Mutation::MergeKeepsFirst, "RangeOverApproximates", MERGE),
+    (Mutation::SequenceWraps, "SeqCompare", MERGE),
+    (Mutation::SequencesAreSigned, "SeqCompare", MERGE),
+    (Mutation::NothingIsANumber, "SeqCompare", JOIN),
 ];

@@ -3,21 +3,23 @@
 //! A property reads what is: what TLBs hold, what is on its way, what was released; two read a fact that
 //! the state forgets ([`crate::state::Ghost`]). NoStaleUse is what all the others are for.
 
-use shootdown_core::Moment;
 use shootdown_core::round::{Outcome, TargetReport};
 use shootdown_core::session::Phase;
+use shootdown_core::{AddrRange, Moment, Seq};
 
 use crate::host::session_id;
 use crate::round::OpenRound;
 use crate::state::{
-    CallState, Down, Host, Session, Set, State, Subscription, T_ACK, T_FENCE, Up, moment, number,
+    CallState, Down, Host, Run, Session, Set, State, Subscription, T_ACK, T_FENCE, Up, members, moment,
+    number, range_of,
 };
 use crate::world::Shootdown;
+use crate::{ranges, sequences, waits};
 
 pub(crate) type Condition = fn(&Shootdown, &State) -> bool;
 
 /// What holds in every state.
-pub(crate) const ALWAYS: [(&str, Condition); 20] = [
+pub(crate) const ALWAYS: [(&str, Condition); 23] = [
     ("NoStaleUse", no_stale_use),
     ("NoFreeBeforeQuiesce", no_free_before_quiesce),
     ("AckMeansStopped", ack_means_stopped),
@@ -36,8 +38,11 @@ pub(crate) const ALWAYS: [(&str, Condition); 20] = [
     ("FenceReachesReuse", fence_reaches_reuse),
     ("RestartGrace", |_, state| !state.ghost.acted_in_grace),
     ("Isolation", isolation),
+    ("NoSelfWait", waits::no_self_wait),
     ("BoundedResolution", bounded_resolution),
     ("YoungIsConservative", young_is_conservative),
+    ("RangeOverApproximates", ranges::range_over_approximates),
+    ("SeqCompare", sequences::seq_compare),
 ];
 
 /// No device can reach a frame that was released: by a translation, or by an access that has begun.
@@ -109,7 +114,12 @@ fn has_stopped(state: &State, session: &Session, called: u8) -> bool {
     }
     let holds = run.tlb[usize::from(call.page)].is_some_and(|held| held.frame <= call.frame);
     let accesses = run.access.is_some_and(|(page, frame)| page == call.page && frame <= call.frame);
-    let granted = |message: &Down| matches!(message, Down::Grant(page, frame) if *page == call.page && *frame <= call.frame);
+    let granted = |message: &Down| match message {
+        Down::Grant(translation) => {
+            translation.pages().any(|(page, frame)| page == call.page && frame <= call.frame)
+        }
+        Down::Notice { .. } | Down::Lease(_) => false,
+    };
     let will_hold = run.link.as_ref().is_some_and(|link| link.down.iter().any(granted));
     !holds && !accesses && !will_hold
 }
@@ -120,8 +130,8 @@ fn join_covers(model: &Shootdown, state: &State) -> bool {
         let page = state.source.events[usize::from(open.event)].page;
         let told = host.sessions.iter().filter(|session| model.config.subscribes(session.device, page));
         told.into_iter().all(|session| match session.subscription {
-            Subscription::Subscribed(seq) if !session.survivor && !session.phase.is_over() => {
-                open.seq <= seq || open.targets.contains(&session.id)
+            Subscription::Subscribed(read) if !session.survivor && !session.phase.is_over() => {
+                Some(open.seq) <= read.seq || open.targets.contains(&session.id)
             }
             _ => true,
         })
@@ -182,17 +192,26 @@ fn never_drop(_: &Shootdown, state: &State) -> bool {
     rounds(state).all(|(host, open)| {
         let call = &state.source.events[usize::from(open.event)];
         waited_for(host, open).flatten().all(|session| {
-            let covers =
-                |(pages, events): (Set, Set)| events >> open.event & 1 == 1 && pages >> call.page & 1 == 1;
-            session.told || notices(session).any(|(pages, events, _)| covers((pages, events)))
+            let covers = |(range, events, _): (AddrRange, Set, Seq)| {
+                events >> open.event & 1 == 1 && range.contains(range_of(call.page))
+            };
+            session.told || notices(session).any(covers)
         })
     })
 }
 
-/// Pages, events and sequence of each notice that is not acked.
-fn notices(session: &Session) -> impl Iterator<Item = (Set, Set, u8)> + '_ {
-    let sent = session.sent.iter().map(|sent| (sent.pages, sent.events, sent.seq));
-    sent.chain(session.pending.iter().map(|draft| (draft.pages, draft.events, draft.seq)))
+/// Range, events and sequence of each notice that is not acked.
+pub(crate) fn notices(session: &Session) -> impl Iterator<Item = (AddrRange, Set, Seq)> + '_ {
+    let sent = session.sent.iter().map(|sent| (sent.range, sent.events, sent.seq));
+    sent.chain(session.pending.iter().map(|draft| (draft.range, draft.events, draft.seq)))
+}
+
+/// The events of a notice of this run's session, if it is not acked.
+pub(crate) fn events_of(state: &State, run: &Run, n: u8) -> impl Iterator<Item = u8> {
+    let id = run.session_id();
+    let sessions = state.hosts.iter().flat_map(|host| &host.sessions).filter(|it| Some(it.id) == id);
+    let sent = sessions.flat_map(|session| &session.sent).filter(|sent| sent.n == n);
+    members(sent.fold(0, |events, sent| events | sent.events))
 }
 
 fn merge_is_union(_: &Shootdown, state: &State) -> bool {
@@ -201,7 +220,7 @@ fn merge_is_union(_: &Shootdown, state: &State) -> bool {
         let carries = |session: &Session| {
             notices(session)
                 .filter(|(_, events, _)| events >> open.event & 1 == 1)
-                .all(|(pages, _, seq)| pages >> page & 1 == 1 && seq >= open.seq)
+                .all(|(range, _, seq)| range.contains(range_of(page)) && seq >= open.seq)
         };
         host.sessions.iter().filter(|session| open.targets.contains(&session.id)).all(carries)
     })

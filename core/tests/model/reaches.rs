@@ -3,11 +3,14 @@
 use shootdown_core::round::Outcome;
 use shootdown_core::session::Phase;
 
-use crate::properties::{Condition, rounds, waited_for};
-use crate::state::{CallState, Ended, Host, Running, Session, State, Subscription, T_FENCE, Up, moment};
+use crate::properties::{Condition, events_of, rounds, waited_for};
+use crate::state::{
+    CallState, Ended, Host, Run, Running, Session, Set, State, Subscription, T_FENCE, Up, members, moment,
+};
+use crate::waits;
 
 /// What a configuration must be able to reach.
-pub(crate) const SOMETIMES: [(&str, Condition); 31] = [
+pub(crate) const SOMETIMES: [(&str, Condition); 33] = [
     ("released", |_, state| calls(state, CallState::Released)),
     ("released beside a round that waits", |_, state| {
         let waits = rounds(state).any(|(host, open)| waited_for(host, open).next().is_some());
@@ -72,6 +75,12 @@ pub(crate) const SOMETIMES: [(&str, Condition); 31] = [
         let starts = state.hosts.last().is_some_and(|host| !host.start.is_empty());
         starts && state.hosts.iter().any(Host::serves)
     }),
+    ("a fault waits for its own session", |_, state| waits::fault_waits_for_its_own_session(state)),
+    ("taken out beside what was told", |_, state| {
+        state.runs().any(|(_, _, run)| {
+            run.flushing.iter().any(|(n, taken)| beside_what_was_told(state, run, *n, *taken))
+        })
+    }),
     ("grace", |_, state| state.hosts.iter().any(Host::in_grace)),
     ("grace over: left", |_, state| grace_over(state, Ended::Left)),
     ("grace over: lease", |_, state| grace_over(state, Ended::LeaseExpired)),
@@ -123,4 +132,11 @@ fn acked_again(session: &Session) -> bool {
         Up::Ack(ack) => ack.selective.iter().any(|n| !known(n.get())),
         Up::Heartbeat(_) => false,
     })
+}
+
+/// Whether a flush takes out a whole translation that is held, and pages in it that no event of its notice is about.
+fn beside_what_was_told(state: &State, run: &Run, n: u8, taken: Set) -> bool {
+    let pages = events_of(state, run, n).map(|called| state.source.events[usize::from(called)].page);
+    let told: Set = pages.fold(0, |told, page| told | 1 << page);
+    told != 0 && taken & !told != 0 && members(taken).all(|page| run.tlb[usize::from(page)].is_some())
 }

@@ -4,7 +4,9 @@ use shootdown_core::lease::HostLease;
 use shootdown_core::session::Phase;
 
 use crate::mutations::Mutation;
+use crate::sequences::ReadAt;
 use crate::state::{CallState, Durable, Host, Journal, Session, State, Subscription, moment};
+use crate::waits::Task;
 use crate::world::World;
 
 /// A step of a start: `server/src/journal/mod.rs::open`, then all that `server/src/start.rs` does before it accepts.
@@ -36,9 +38,9 @@ impl World<'_> {
         }
         let enforces = self.config.devices[device].enforces;
         let id = self.state.journal.next_session;
-        let (seq, owns) = (self.state.hosts[at].seq, self.owns_journal(at));
+        let (read, owns) = (self.read_last_seq(at), self.owns_journal(at));
         let subscription =
-            if self.config.subscriptions { Subscription::None } else { Subscription::Subscribed(seq) };
+            if self.config.subscriptions { Subscription::None } else { Subscription::Subscribed(read) };
         let lease = HostLease::new(self.lease_terms(), moment(self.state.host_clock));
         let Journal { next_session, sessions, .. } = &mut self.state.journal;
         *next_session += 1;
@@ -136,7 +138,8 @@ impl World<'_> {
             if !(goes_on || no_grace || planned && forgets_survivors) {
                 let since = durable.unrenewed_since.filter(|_| !counted_anew).unwrap_or(begun);
                 let lease = HostLease::new(terms, moment(since));
-                let severed = session(durable, Phase::Severed, lease, Subscription::Subscribed(0));
+                let severed =
+                    session(durable, Phase::Severed, lease, Subscription::Subscribed(ReadAt::BEFORE_ALL));
                 survivors.push(Session { survivor: true, ..severed });
             }
         }
@@ -171,6 +174,7 @@ impl World<'_> {
             session.phase = Phase::Severed;
             session.survivor = false;
             session.up.clear();
+            session.end_waits();
         }
         self.state.journal.resume_points = Some(Box::new(left));
         Some(())
@@ -195,5 +199,7 @@ fn session(durable: &Durable, phase: Phase, lease: HostLease, subscription: Subs
         told: false,
         survivor: false,
         resumed: false,
+        fault: None,
+        reader: Task::Works,
     }
 }

@@ -13,7 +13,9 @@ use crate::state::{Page, range_of};
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct OpenRound {
     pub(crate) event: u8,
-    pub(crate) seq: u8,
+    pub(crate) seq: Seq,
+    /// The how many-th event of its host agent it is. No rule reads it.
+    pub(crate) opened: u8,
     pub(crate) round: TheRound,
     /// The targets at the start: what the round is held against.
     pub(crate) targets: Vec<u8>,
@@ -46,10 +48,10 @@ impl Hash for TheRound {
 }
 
 /// An event as the rules see it.
-pub(crate) fn event(seq: u8, page: Page, method: Method) -> Event {
+pub(crate) fn event(seq: Seq, page: Page, method: Method) -> Event {
     Event {
         address_space: AddressSpaceId::FIRST,
-        seq: Seq::new(u64::from(seq)).expect("sequences count from 1"),
+        seq,
         range: range_of(page),
         method,
         cause: Cause::Clear,

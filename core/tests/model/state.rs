@@ -3,12 +3,15 @@
 use shootdown_core::ack::AckTracker;
 use shootdown_core::lease::{DeviceLease, HostLease};
 use shootdown_core::session::Phase;
-use shootdown_core::{Ack, AddrRange, NoticeNumber, PageSize};
+use shootdown_core::{Ack, AddrRange, NoticeNumber, Seq};
 
 use crate::config::Config;
+pub(crate) use crate::ranges::{Told, Translation, range_of};
 use crate::restart::{Read, Step};
 use crate::round::OpenRound;
+use crate::sequences::ReadAt;
 pub(crate) use crate::ticks::{T_ACK, T_FENCE, moment, terms};
+use crate::waits::{Task, WaitingFault};
 
 /// A page of the one address space.
 pub(crate) type Page = u8;
@@ -17,11 +20,6 @@ pub(crate) type Set = u8;
 /// The frame that a page has had since its last invalidation. Frame `v` of a page is released once, so
 /// whoever uses it after that uses a page of somebody else.
 pub(crate) type Frame = u8;
-
-/// The addresses of a page.
-pub(crate) fn range_of(page: Page) -> AddrRange {
-    AddrRange::page_of(u64::from(page) << 12, PageSize::from_bytes(4096).expect("a power of two"))
-}
 
 /// The number of a notice.
 pub(crate) fn number(n: u8) -> NoticeNumber {
@@ -89,7 +87,10 @@ pub(crate) struct Host {
     /// Events whose bracket is open; [`REFUSED`] is one that the source was refused.
     pub(crate) brackets: Vec<u8>,
     pub(crate) tickets: Vec<Ticket>,
-    pub(crate) seq: u8,
+    /// The sequence of its last event.
+    pub(crate) last_seq: Option<Seq>,
+    /// How many events it has opened: their true order. No rule reads it.
+    pub(crate) opened: u8,
 }
 
 /// An event that there is not: the source was told WOULD_BLOCK.
@@ -126,6 +127,10 @@ pub(crate) struct Session {
     /// It is of a run that crashed: known from the journal only.
     pub(crate) survivor: bool,
     pub(crate) resumed: bool,
+    /// A fault that is being served.
+    pub(crate) fault: Option<WaitingFault>,
+    /// The task that reads its stream.
+    pub(crate) reader: Task,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -139,11 +144,11 @@ pub(crate) enum Ended {
 pub(crate) enum Subscription {
     None,
     /// It read this sequence and is not published: no state of the valid model.
-    Unpublished(u8),
+    Unpublished(ReadAt),
     /// In the list, has not read the sequence.
     Published,
     /// In the list, and events above this sequence are told to it.
-    Subscribed(u8),
+    Subscribed(ReadAt),
     /// Out of the list, rounds may still count on it.
     Leaving,
     Unsubscribed,
@@ -157,8 +162,8 @@ impl Subscription {
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Pending {
-    pub(crate) pages: Set,
-    pub(crate) seq: u8,
+    pub(crate) range: AddrRange,
+    pub(crate) seq: Seq,
     /// The events whose rounds wait for it.
     pub(crate) events: Set,
     /// Since when it waits to be sent.
@@ -168,8 +173,8 @@ pub(crate) struct Pending {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Sent {
     pub(crate) n: u8,
-    pub(crate) pages: Set,
-    pub(crate) seq: u8,
+    pub(crate) range: AddrRange,
+    pub(crate) seq: Seq,
     pub(crate) events: Set,
     /// When it was first sent.
     pub(crate) at: u8,
@@ -188,9 +193,9 @@ pub(crate) enum Up {
 pub(crate) enum Down {
     Notice {
         n: u8,
-        pages: Set,
+        told: Told,
     },
-    Grant(Page, Frame),
+    Grant(Translation),
     /// The lease is renewed, on the heartbeat that was sent at this tick of the device's clock.
     Lease(u8),
 }
@@ -199,9 +204,8 @@ pub(crate) enum Down {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Ticket {
     pub(crate) session: u8,
-    pub(crate) page: Page,
     /// What the source said.
-    pub(crate) frame: Frame,
+    pub(crate) translation: Translation,
     pub(crate) spoiled: bool,
 }
 
@@ -282,8 +286,10 @@ pub(crate) struct Run {
     pub(crate) link: Option<Link>,
     /// What its TLBs hold.
     pub(crate) tlb: Vec<Option<Held>>,
-    /// Notices that arrived and whose flush is not complete.
+    /// Notices that arrived and whose flush is not complete, and the pages that each takes out.
     pub(crate) flushing: Vec<(u8, Set)>,
+    /// The task that flushes.
+    pub(crate) flusher: Task,
     /// Notices that truly arrived: what the books are held against.
     pub(crate) arrived: Set,
     /// Pages used since the last report.
@@ -327,7 +333,12 @@ impl State {
         Self {
             host_clock: 0,
             device_clock: 0,
-            hosts: vec![Host { incarnation: 1, registration: 1, ..Host::new(1, &[]) }],
+            hosts: vec![Host {
+                incarnation: 1,
+                registration: 1,
+                last_seq: config.began_after,
+                ..Host::new(1, &[])
+            }],
             journal: Journal {
                 owner: 1,
                 incarnation: 1,
@@ -392,7 +403,8 @@ impl Host {
             rounds: Vec::new(),
             brackets: Vec::new(),
             tickets: Vec::new(),
-            seq: 0,
+            last_seq: None,
+            opened: 0,
         }
     }
 
@@ -438,6 +450,7 @@ impl Run {
             link: None,
             tlb: vec![None; usize::from(config.pages)],
             flushing: Vec::new(),
+            flusher: Task::Works,
             arrived: 0,
             used: 0,
             access: None,

@@ -9,6 +9,7 @@ use crate::device::Welcome;
 use crate::host::device_id;
 use crate::mutations::Mutation;
 use crate::state::{Running, State, Subscription};
+use crate::waits::Task;
 use crate::{properties, reaches};
 
 /// One search: a configuration, and the rule that is broken in it.
@@ -95,6 +96,8 @@ impl World<'_> {
             Action::Register => self.register()?,
             Action::Retry(called) => self.retry(called)?,
             Action::Fault(device, page) => self.on_fault(device, page)?,
+            Action::FaultForWriting(device, page) => self.on_fault_for_writing(device, page)?,
+            Action::FaultGoesOn(process, id) => self.fault_goes_on(process, id)?,
             Action::Commit(process, index) => self.commit(process, index)?,
             Action::ToDevice(device) => self.deliver_down(device)?,
             Action::ToHost(process, id) => self.deliver_up(process, id)?,
@@ -223,7 +226,7 @@ impl World<'_> {
         let session = self.state.hosts[at].session_mut(id).filter(|session| session.phase.has_stream())?;
         session.subscription = match session.subscription {
             Subscription::None if !sequence_first => Subscription::Published,
-            Subscription::Unpublished(seq) => Subscription::Subscribed(seq),
+            Subscription::Unpublished(read) => Subscription::Subscribed(read),
             _ => return None,
         };
         Some(())
@@ -232,11 +235,11 @@ impl World<'_> {
     fn read_sequence(&mut self, process: u8, id: u8) -> Option<()> {
         let sequence_first = self.broken(Mutation::SequenceBeforePublish);
         let at = self.acts(process)?;
-        let seq = self.state.hosts[at].seq;
+        let read = self.read_last_seq(at);
         let session = self.state.hosts[at].session_mut(id).filter(|session| session.phase.has_stream())?;
         session.subscription = match session.subscription {
-            Subscription::Published => Subscription::Subscribed(seq),
-            Subscription::None if sequence_first => Subscription::Unpublished(seq),
+            Subscription::Published => Subscription::Subscribed(read),
+            Subscription::None if sequence_first => Subscription::Unpublished(read),
             _ => return None,
         };
         Some(())
@@ -252,6 +255,7 @@ impl World<'_> {
             return None;
         }
         session.subscription = Subscription::Unsubscribed;
+        session.reader = Task::Works;
         Some(())
     }
 

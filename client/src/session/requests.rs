@@ -1,6 +1,6 @@
 //! Requests that wait for their answer.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
@@ -29,7 +29,8 @@ pub(crate) struct Requests {
 #[derive(Debug, Default)]
 struct Table {
     last: u64,
-    pending: HashMap<RequestId, Pending>,
+    /// In the order in which they were asked: so they are asked again, and so who waits hears that it was in vain.
+    pending: BTreeMap<RequestId, Pending>,
     closed: bool,
 }
 
@@ -114,10 +115,10 @@ impl Requests {
                 match table.pending.get(&request).map(|pending| &pending.reply) {
                     Some(Reply::Fault { .. }) => ended.extend(table.pending.remove(&request)),
                     Some(Reply::Subscribe { ask, .. }) => {
-                        again.push((request, DeviceSays::Subscribe(ask.clone())));
+                        again.push(DeviceSays::Subscribe(ask.clone()));
                     }
                     Some(&Reply::Unsubscribe { subscription, .. }) => {
-                        again.push((request, DeviceSays::Unsubscribe { request, subscription }));
+                        again.push(DeviceSays::Unsubscribe { request, subscription });
                     }
                     None => {}
                 }
@@ -128,8 +129,7 @@ impl Requests {
                 let _ = to.send(Err(FaultRefused::Interrupted));
             }
         }
-        again.sort_unstable_by_key(|(request, _)| *request);
-        again.into_iter().map(|(_, says)| says).collect()
+        again
     }
 
     /// Requests that are not answered.

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use shootdown_core::gate::GrantGate;
 use shootdown_core::interest::{Interest, Subscription};
 use shootdown_core::young::YoungBits;
-use shootdown_core::{AddressSpaceId, Incarnation, Seq, SubscriptionId};
+use shootdown_core::{AddrRange, AddressSpaceId, Incarnation, Seq, SubscriptionId};
 use srcu::Srcu;
 use tokio::sync::{Notify, Semaphore};
 
@@ -129,12 +129,16 @@ impl Directory {
         {
             return Err(NotifyError::TooManyAddressSpaces { most: self.most });
         }
+        // It was handed over, perhaps, and has come to its end since: this one is another.
+        next.handed_over.remove(&id);
         next.taken_back.insert(id);
         forget(id);
         let mut space = self.make(id, name, source, strictness);
         // Above those of every earlier run: an end that comes late names no bracket of this one.
         space.began_after = Seq::new(next.first_address_space.get());
         space.order.get_mut().gate = GrantGate::restored(space.began_after, []);
+        // What was reported to an earlier run went with it: too much is young, never too little.
+        space.young.get_mut().mark(AddrRange::ALL);
         Ok(self.insert(space, &mut next, survivors))
     }
 

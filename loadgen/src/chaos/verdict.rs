@@ -169,19 +169,22 @@ impl Ended {
         let not_found = rule.is_some() && wrong.is_empty();
         // What is slow is no broken promise of safety: it does not show that a rule was broken, nor that anything is
         // wrong where the machine did not run the processes for longer than a lease allows for.
-        let mut slow = Vec::new();
+        let (mut slow, mut starved) = (Vec::new(), None);
         if tally.not_recovered > 0 {
             slow.push(format!("times that nothing worked again after a fault: {}", tally.not_recovered));
         }
         if longest > limit {
-            slow.push(format!("a round took {longest:?}, and must not take more than {limit:?}"));
+            let said = format!("a round took {longest:?}, and must not take more than {limit:?}");
+            // The host agent itself was not run for as long as its round was too long.
+            if running <= limit { starved = Some(said) } else { slow.push(said) }
         }
         slow.extend(unfinished.iter().map(|what| format!("at the end, {what}")));
-        let stalls = longest_stall > margin && longest <= limit + longest_stall * STALLS_A_ROUND;
-        // The host agent itself was not run for as long as its round was too long.
-        let starved = longest > limit && running <= limit;
-        let stalled = !slow.is_empty() && (stalls || starved);
-        let is_wrong = !wrong.is_empty() || (!slow.is_empty() && !stalled && !not_found);
+        let counted = if starved.is_some() { running } else { longest };
+        let stalls = longest_stall > margin && counted <= limit + longest_stall * STALLS_A_ROUND;
+        let excused = stalls || slow.is_empty();
+        let stalled = excused && (!slow.is_empty() || starved.is_some());
+        let is_wrong = !wrong.is_empty() || (!excused && !not_found);
+        slow.extend(starved);
         let injected: u64 = tally.faults.values().map(|fault| fault.injected).sum();
         let shown = [
             (devices.reads, "no device read"),
@@ -395,6 +398,10 @@ mod tests {
             verdict.has_shown_nothing() && !verdict.is_wrong() && !verdict.passed,
             "it was not run: {verdict:?}"
         );
+        let mut run = ended();
+        run.host = Ledger { longest_running_ns: 839_000_000, ..of_rounds(2_000_000_000) };
+        run.tally.not_recovered = 1;
+        assert!(run.judge().is_wrong(), "that excuses its round, and nothing else");
         let mut run = ended();
         (run.devices.stale_reads, run.longest_stall) = (1, Duration::from_millis(101));
         assert!(run.judge().is_wrong(), "no machine is too slow to be safe on");

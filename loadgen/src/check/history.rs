@@ -118,7 +118,9 @@ impl History {
         // What was found in an address space that had ended: the place is another's by now, and what matters is the
         // last that happened in that one.
         let last_own = told.iter().rposition(|happened| happened.address_space == found.address_space);
-        let begin = last_own.map_or(begin, |last| begin.min(last).min(rounds_before(&told, last + 1)));
+        // That may be a round, or an operation with the rounds that it has waited for.
+        let of_own = |last| rounds_before(&told, last).min(rounds_before(&told, last + 1));
+        let begin = last_own.map_or(begin, |last| begin.min(of_own(last)));
         let begin = begin.max(told.len().saturating_sub(TOLD));
         told.drain(..begin);
         told.push(found);
@@ -245,6 +247,14 @@ mod tests {
             histories.push(PAGE, happened);
         }
         assert_eq!(times(&histories.of(PAGE), 8, 4), [2, 3, 4]);
+        // With the round that it has waited for, or should have.
+        let histories = Histories::new(1, 2);
+        let round = Happened { waited_for: Some(Vec::new()), what: "exit goes on".to_owned(), ..at(2, None) };
+        let ended = Happened { what: "exit".to_owned(), ..at(3, Some(7)) };
+        for happened in [at(1, Some(6)), round, ended, Happened { address_space: 2, ..at(4, Some(8)) }] {
+            histories.push(PAGE, happened);
+        }
+        assert_eq!(times(&histories.of(PAGE), 8, 5), [2, 3, 4, 5]);
     }
 
     #[test]

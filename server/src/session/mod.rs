@@ -87,7 +87,7 @@ struct State {
     attempt: u64,
     subscriptions: HashMap<SubscriptionId, Held>,
     /// Those that are being ended: rounds may still count on them. Who waits for the answer.
-    leaving: HashMap<SubscriptionId, Asked>,
+    leaving: HashMap<SubscriptionId, Leaving>,
     /// What the session may fault: the ranges of those subscriptions that hear of every cause.
     covered: HashMap<AddressSpaceId, IntervalMap<SubscriptionId, ()>>,
     /// A device that never subscribed was never told of anything, nor granted.
@@ -152,6 +152,12 @@ impl Line {
 struct Asked {
     request: RequestId,
     on: LineId,
+}
+
+/// A subscription that is ending: acks that come meanwhile still tell of its address space.
+struct Leaving {
+    asked: Asked,
+    space: Arc<AddressSpace>,
 }
 
 /// A subscription, as its session knows it.
@@ -343,9 +349,9 @@ impl SessionHandle {
     /// Time passed; called for all sessions by the [`crate::watchdog`].
     pub(crate) fn on_tick(&self) {
         let now = self.clock.now();
-        let hearing = self.with(now, |state, effects| {
+        let (hearing, line) = self.with(now, |state, effects| {
             state.session.on_tick(now, effects);
-            state.silence.on_tick(&state.session, now)
+            (state.silence.on_tick(&state.session, now), state.line.id)
         });
         if hearing == Hearing::Lost {
             let (session, device) = (self.id.get(), self.device.as_str());
@@ -354,7 +360,16 @@ impl SessionHandle {
                 device,
                 "a device said nothing for a whole lease: its stream is taken for lost"
             );
-            self.cut();
+            // The device may have come back on another by now.
+            self.sever(Some(line));
+        }
+    }
+
+    /// Something came that changes nothing by itself but that the device is there.
+    fn on_heard(&self, on: LineId) {
+        let mut state = self.state.lock();
+        if state.line.id == on {
+            state.silence = Silence::since(self.clock.now());
         }
     }
 
@@ -431,10 +446,12 @@ impl SessionHandle {
         }
     }
 
-    /// An address space that the session has a subscription in.
+    /// An address space that the session has a subscription in, be it one that is ending.
     fn space(&self, address_space: AddressSpaceId) -> Option<Arc<AddressSpace>> {
         let state = self.state.lock();
-        state.subscriptions.values().map(|held| &held.space).find(|space| space.id == address_space).cloned()
+        let leaving = state.leaving.values().map(|leaving| &leaving.space);
+        let mut spaces = state.subscriptions.values().map(|held| &held.space).chain(leaving);
+        spaces.find(|space| space.id == address_space).cloned()
     }
 
     fn ask_fencer(&self) {

@@ -26,7 +26,7 @@ pub(super) enum Hearing {
 }
 
 impl Silence {
-    /// Something came at `now`: a heartbeat, an ack, or the device on another stream.
+    /// Something came at `now`, or the device on another stream.
     pub(super) fn since(now: Moment) -> Self {
         Self { since: now, looks: 0 }
     }

@@ -7,7 +7,7 @@ use shootdown_core::{AddrRange, AddressSpaceId, CauseSet, SubscriptionId};
 use shootdown_proto::error::Reason;
 use shootdown_proto::message::{HostSays, RequestId, SessionError, Subscribe};
 
-use super::{Asked, Farewell, Held, LineId, SessionHandle};
+use super::{Asked, Farewell, Held, Leaving, LineId, SessionHandle};
 use crate::host::Host;
 use crate::source::Strictness;
 use crate::status;
@@ -107,12 +107,12 @@ impl SessionHandle {
             let asked = Asked { request, on };
             if let Some(leaving) = state.leaving.get_mut(&id) {
                 // Asked for on an earlier stream: its answer comes on this one.
-                *leaving = asked;
+                leaving.asked = asked;
                 return;
             }
             match state.release(id) {
                 Some(held) => {
-                    state.leaving.insert(id, asked);
+                    state.leaving.insert(id, Leaving { asked, space: Arc::clone(&held.space) });
                     held
                 }
                 None => {
@@ -197,7 +197,7 @@ impl SessionHandle {
         let waker = {
             let mut state = self.state.lock();
             state.session.on_unsubscribed();
-            let asked = state.leaving.remove(&subscription);
+            let asked = state.leaving.remove(&subscription).map(|leaving| leaving.asked);
             if let Some(Asked { request, .. }) = asked.filter(|asked| asked.on == state.line.id) {
                 state.say_behind_pending(HostSays::Unsubscribed { request, subscription });
             }

@@ -138,6 +138,10 @@ fn apply(host: &Host, handle: &Arc<SessionHandle>, on: LineId, happening: Happen
 }
 
 fn said(host: &Host, handle: &Arc<SessionHandle>, on: LineId, says: DeviceSays) {
+    // An ack and a heartbeat count by themselves, in the step in which they do what they are for.
+    if !matches!(says, DeviceSays::Ack { .. } | DeviceSays::Heartbeat { .. }) {
+        handle.on_heard(on);
+    }
     match says {
         DeviceSays::Hello(_) => handle.end_on(
             on,

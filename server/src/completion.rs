@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use shootdown_core::event::Event;
 use shootdown_core::round::{Progress, Resolution, Round};
 use shootdown_core::session::Enforcement;
-use shootdown_core::{Cause, DeviceId, Incarnation, Moment, SessionId};
+use shootdown_core::{Cause, DeviceId, Incarnation, Moment, Seq, SessionId};
 use tokio::sync::{Notify, OwnedSemaphorePermit, SetOnce};
 use tokio_util::sync::CancellationToken;
 
@@ -113,20 +113,17 @@ impl WaitingRound {
         }
     }
 
-    /// A round that was complete when an earlier run of the host agent ended, and whose caller has not ended
-    /// its bracket.
+    /// A round that was complete when an earlier run of the host agent ended, and whose bracket its caller has ended
+    /// or has not.
     pub(crate) fn of_an_earlier_run(
-        address_space: shootdown_core::AddressSpaceId,
-        bracket: &crate::journal::DrainedBracket,
+        event: Event,
+        bracket: EndedBy,
         (clock, host_incarnation): (Clock, Incarnation),
     ) -> Self {
-        let crate::journal::DrainedBracket { seq, range, cause, owner, .. } = *bracket;
-        let method = shootdown_core::Method::Invalidate;
-        let event = Event { address_space, seq, range, method, cause, owner };
         // Nobody is waited for.
         let enforcement = Enforcement::ByDevice;
         let run = (clock, host_incarnation);
-        let round = Self::new(event, [], EndedBy::Caller, enforcement, clock.now(), run);
+        let round = Self::new(event, [], bracket, enforcement, clock.now(), run);
         round.finished.set(clock.now()).expect("nobody else has it yet");
         Self { of_an_earlier_run: true, ..round }
     }
@@ -189,6 +186,10 @@ impl WaitingRound {
     /// Whether it waits for a target.
     pub(crate) fn is_waiting(&self) -> bool {
         !self.finished.initialized()
+    }
+
+    pub(crate) fn seq(&self) -> Seq {
+        self.look(|round| round.event().seq)
     }
 
     /// Runs `look` on the ledger: for listings.
@@ -291,7 +292,7 @@ pub(crate) fn finish(round: &WaitingRound, owned: Owned) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shootdown_core::{AddrRange, AddressSpaceId, Method, Seq};
+    use shootdown_core::{AddrRange, AddressSpaceId, Method};
 
     #[test]
     fn a_round_is_not_resolved_before_it_is_dispatched() {

@@ -20,10 +20,10 @@ use shootdown_core::gate::GrantGate;
 use shootdown_core::interest::Subscription;
 use shootdown_core::outbox::OutboxLimits;
 use shootdown_core::session::SessionConfig;
-use shootdown_core::{AddressSpaceId, Seq, SessionId};
+use shootdown_core::{AddressSpaceId, Event, Method, Seq, SessionId};
 
 use crate::clock::Clock;
-use crate::completion::WaitingRound;
+use crate::completion::{EndedBy, WaitingRound};
 use crate::directory::AddressSpace;
 use crate::fence;
 use crate::host::Host;
@@ -39,6 +39,9 @@ use crate::source::{Notifier as _, RoundResult, RoundTimes, Translate, Verdict};
 
 /// How often to look whether all is quiet. It is over in a round trip, or in as long as a device takes.
 const LOOK: Duration = Duration::from_millis(2);
+
+/// Calls that are over whose outcome is handed over, of all address spaces together: about 10 MB.
+const MOST_CALLS: usize = 1 << 16;
 
 /// Returns when nothing is under way any more.
 ///
@@ -57,8 +60,9 @@ pub(crate) async fn quiet(host: &Host) {
 
 /// What the next run may go on with. Nothing of the host agent runs any more.
 pub(crate) fn record(host: &Host) -> Drained {
-    let spaces: Vec<DrainedSpace> =
-        host.directory().list().iter().filter_map(|space| drained(host, space)).collect();
+    let spaces = host.directory().list();
+    let calls = MOST_CALLS / spaces.len().max(1);
+    let spaces: Vec<DrainedSpace> = spaces.iter().filter_map(|space| drained(host, space, calls)).collect();
     let known: HashSet<AddressSpaceId> = spaces.iter().map(|space| space.id).collect();
     let left_out: HashSet<SessionId> = host.restart().survivors().ids().into_iter().collect();
     let sessions = host.registry().list();
@@ -76,8 +80,8 @@ pub(crate) fn record(host: &Host) -> Drained {
 }
 
 /// An address space whose source outlives this process, unless a round of it is not complete: the next run
-/// could not tell whether it ever was.
-fn drained(host: &Host, space: &AddressSpace) -> Option<DrainedSpace> {
+/// could not tell whether it ever was. With the outcome of the latest `calls` that are over.
+fn drained(host: &Host, space: &AddressSpace, calls: usize) -> Option<DrainedSpace> {
     if space.source.source() != rpc::NAME || space.rounds_in_flight() > 0 {
         return None;
     }
@@ -88,7 +92,7 @@ fn drained(host: &Host, space: &AddressSpace) -> Option<DrainedSpace> {
     let source: Arc<dyn Any + Send + Sync> = Arc::<dyn Translate>::clone(&space.source);
     let source: Arc<RpcSource> = source.downcast().ok()?;
     // The locks the other way round than an end takes them: no thread is left that could be in one.
-    let ToTryAgain { mut starts, ends } = source.retries.to_try_again();
+    let ToTryAgain { mut starts, over } = source.retries.to_try_again(calls);
     let rounds = space.rounds.lock();
     let bracket = |(seq, range)| {
         let (cause, owner) = rounds.get(&seq)?.look(|round| (round.event().cause, round.event().owner));
@@ -101,7 +105,7 @@ fn drained(host: &Host, space: &AddressSpace) -> Option<DrainedSpace> {
         last_seq: order.gate.last_seq(),
         registered: host.registrations().of(space.id),
         began_after: space.began_after,
-        ended: ends,
+        over,
         open_brackets: order.gate.brackets().filter_map(bracket).collect(),
     })
 }
@@ -120,6 +124,8 @@ pub(crate) fn begin(host: &Host, drained: Drained, shard: &Shard) {
         host.releases().restore(released.address_space, released.call, quiesced_before(host, released.seq));
     }
     for space in spaces {
+        // It is not the one that was released by its name.
+        host.releases().forget(space.id);
         host.directory()
             .restore(|most_rounds| restored(host, space, most_rounds), host.restart().survivors());
     }
@@ -196,7 +202,7 @@ fn resumable(host: &Host, session: &DrainedSession, shard: &Shard) -> SessionHan
 }
 
 fn restored(host: &Host, drained: DrainedSpace, most_rounds: usize) -> AddressSpace {
-    let DrainedSpace { id, name, strictness, last_seq, began_after, open_brackets, ended, registered } =
+    let DrainedSpace { id, name, strictness, last_seq, began_after, open_brackets, over, registered } =
         drained;
     if let Some((call, asked)) = registered {
         host.registrations().restore(call, asked, id);
@@ -206,17 +212,22 @@ fn restored(host: &Host, drained: DrainedSpace, most_rounds: usize) -> AddressSp
     let gate =
         GrantGate::restored(last_seq, open_brackets.iter().map(|bracket| (bracket.seq, bracket.range)));
     let mut rounds = BTreeMap::new();
-    for bracket in open_brackets {
-        let round = Arc::new(WaitingRound::of_an_earlier_run(id, &bracket, run));
-        rounds.insert(bracket.seq, Arc::clone(&round));
-        if let Some((call, may_wait)) = bracket.start {
-            let asked =
-                Asked::Start { range: bracket.range, cause: bracket.cause, owner: bracket.owner, may_wait };
+    let event =
+        |seq, (range, method, cause, owner)| Event { address_space: id, seq, range, method, cause, owner };
+    // The oldest first, as they were kept.
+    for (call, over) in over {
+        let settled =
+            |asked: Asked, seq| WaitingRound::of_an_earlier_run(event(seq, asked.told()), EndedBy::Task, run);
+        source.retries.restore_over(call, over, settled);
+    }
+    for DrainedBracket { seq, range, cause, owner, start } in open_brackets {
+        let told = (range, Method::Invalidate, cause, owner);
+        let round = Arc::new(WaitingRound::of_an_earlier_run(event(seq, told), EndedBy::Caller, run));
+        rounds.insert(seq, Arc::clone(&round));
+        if let Some((call, may_wait)) = start {
+            let asked = Asked::Start { range, cause, owner, may_wait };
             source.retries.restore_start(call, asked, round);
         }
-    }
-    for (call, seq) in ended {
-        source.retries.restore_end(call, seq);
     }
     let mut space =
         AddressSpace::new(id, &name, Arc::new(source), strictness, most_rounds, host.incarnation());

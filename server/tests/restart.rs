@@ -10,6 +10,8 @@ mod grace;
 mod takeover;
 #[path = "restart/planned.rs"]
 mod planned;
+#[path = "restart/outcomes.rs"]
+mod outcomes;
 #[path = "restart/chains.rs"]
 mod chains;
 #[path = "restart/state.rs"]

@@ -22,18 +22,41 @@ enum Held {
     Yes,
 }
 
+/// A call that may open its round.
+struct Admitted {
+    call: Call,
+    leave: Leave,
+}
+
 impl Host {
     /// [1] to [3]: takes a place among the rounds in flight, then opens the round. Until the place is
-    /// there nothing has happened; after it nothing awaits.
+    /// there nothing has happened; after it nothing awaits. Of a call that may be a retry an earlier try may have
+    /// opened the round, or may be about to: there is one for all of them.
     pub(super) async fn open(
         &self,
         space: &Arc<AddressSpace>,
         call: Call,
         wait: Wait,
         called: Moment,
+        retry: Option<&Try<'_>>,
     ) -> Result<Dispatched, NotifyError> {
+        let admitted = self.admit(space, call, wait, called);
+        let open = |admitted: Result<Admitted, NotifyError>| self.open_round(space, admitted?, called);
+        match retry {
+            None => open(admitted.await),
+            Some(retry) => retry.once(admitted, open).await,
+        }
+    }
+
+    /// [1] and [2]: waits for room and for a place, as long as the caller can.
+    async fn admit(
+        &self,
+        space: &Arc<AddressSpace>,
+        mut call: Call,
+        wait: Wait,
+        called: Moment,
+    ) -> Result<Admitted, NotifyError> {
         // A replacement is a grant, and nothing is granted while somebody is waited for since a restart (RestartGrace).
-        let mut call = call;
         if matches!(call.method, Method::ChangePte(_)) && !self.0.restart.is_accounted_for() {
             call.method = Method::Invalidate;
         }
@@ -49,6 +72,16 @@ impl Host {
                 leave
             }
         };
+        Ok(Admitted { call, leave })
+    }
+
+    /// [3], unless the host agent may not any more.
+    fn open_round(
+        &self,
+        space: &Arc<AddressSpace>,
+        Admitted { call, leave }: Admitted,
+        called: Moment,
+    ) -> Result<Dispatched, NotifyError> {
         if self.is_superseded() {
             return Err(NotifyError::Superseded);
         }
@@ -104,30 +137,6 @@ impl Host {
             pages: parked.pages,
             most_bytes: budget.bytes,
             most_pages: budget.pages,
-        }
-    }
-
-    /// The same for a call that may be a retry: then an earlier try has opened the round, or is about to.
-    pub(super) async fn open_once(
-        &self,
-        space: &Arc<AddressSpace>,
-        call: Call,
-        wait: Wait,
-        called: Moment,
-        retry: Option<&Try<'_>>,
-    ) -> Result<Dispatched, NotifyError> {
-        let open = self.open(space, call, wait, called);
-        let Some(retry) = retry else { return open.await };
-        match wait {
-            // Its time is its own, whoever is about to open the round. It is told of what that one waits for, as in
-            // `open`: first for room in the quarantine, then for a place.
-            Wait::AtMost(limit) => tokio::time::timeout(limit, retry.open(open)).await.unwrap_or_else(|_| {
-                if self.quarantine().is_full() && might_be_parked(space, &call, wait) {
-                    return Err(self.quarantine_full());
-                }
-                Err(NotifyError::TooManyRounds { address_space: space.id, most: space.most_rounds })
-            }),
-            Wait::ForTargets | Wait::NotAtAll => retry.open(open).await,
         }
     }
 }

@@ -103,7 +103,8 @@ impl Host {
         called: Moment,
     ) -> RoundResult {
         RoundResult {
-            dirty: !targets.is_empty(),
+            // Nobody was asked.
+            dirty: true,
             targets,
             ..self.nothing_waits(Verdict::WouldBlock, None, called)
         }

@@ -27,7 +27,7 @@ impl Host {
         let called = self.clock().now();
         let space = self.directory().expect(address_space)?;
         let call = Call { range, method, cause, owner, bracket: EndedBy::Task };
-        match self.open_once(&space, call, wait, called, retry).await? {
+        match self.open(&space, call, wait, called, retry).await? {
             Dispatched::Open(round) => self.answer(&round, wait, called, None).await,
             Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
         }
@@ -43,7 +43,7 @@ impl Host {
         let Invalidation { address_space, range, cause, owner, wait, resident_pages } = invalidation;
         let space = self.directory().expect(address_space)?;
         let call = Call { range, method: Method::Invalidate, cause, owner, bracket: EndedBy::Caller };
-        match self.open_once(&space, call, wait, called, retry).await? {
+        match self.open(&space, call, wait, called, retry).await? {
             Dispatched::WouldBlock(targets) => Ok(self.would_block(targets, called)),
             Dispatched::Open(round) => {
                 // Who can try again comes back for the sequence; the bracket waits for it, as one of those

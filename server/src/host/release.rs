@@ -44,7 +44,7 @@ impl Host {
         };
         // Two answers at most, and room for both. A caller that has gone away hears nothing.
         let tell = |answer| drop(tell.try_send(answer));
-        let round = match self.open(&space, call, Wait::ForTargets, called).await {
+        let round = match self.open(&space, call, Wait::ForTargets, called, None).await {
             Ok(Dispatched::Open(round)) => round,
             Ok(Dispatched::WouldBlock(targets)) => return tell(Ok(self.would_block(targets, called))),
             Err(error) => return tell(Err(error)),

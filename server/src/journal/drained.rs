@@ -9,11 +9,12 @@ use shootdown_core::{
 use shootdown_proto::convert;
 use shootdown_proto::message::{CallId, RequestId};
 
+use super::calls;
 use super::record::{self, Nonsense, SessionRecord};
 use crate::source::Strictness;
 use crate::source::rpc::registrations::ToRegister;
 use crate::source::rpc::releases::Released;
-use crate::source::rpc::retries::MayWait;
+use crate::source::rpc::retries::{MayWait, Over};
 
 /// The last record of a run that ended as planned.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,8 +66,8 @@ pub(crate) struct DrainedSpace {
     pub(crate) open_brackets: Vec<DrainedBracket>,
     /// The call that registered it, and what it asked for.
     pub(crate) registered: Option<(CallId, ToRegister)>,
-    /// Calls of `invalidate_range_end` that may be tried again.
-    pub(crate) ended: Vec<(CallId, Seq)>,
+    /// Calls that are over, and may be tried again; the oldest first.
+    pub(crate) over: Vec<(CallId, Over)>,
 }
 
 /// A bracket, and what its end will tell.
@@ -83,6 +84,7 @@ pub(crate) struct DrainedBracket {
 pub(super) mod wire {
     use shootdown_proto::v1::AddressRange;
 
+    use crate::journal::calls::wire as calls;
     use crate::journal::record::wire as record;
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -155,13 +157,13 @@ pub(super) mod wire {
         pub(in crate::journal) open_brackets: Vec<Bracket>,
         #[prost(bool, tag = "5")]
         pub(in crate::journal) strict: bool,
-        #[prost(message, repeated, tag = "6")]
-        pub(in crate::journal) ended: Vec<Ended>,
         #[prost(message, optional, tag = "7")]
         pub(in crate::journal) registered: Option<Registered>,
         /// 0: none.
         #[prost(uint64, tag = "8")]
         pub(in crate::journal) began_after: u64,
+        #[prost(message, repeated, tag = "9")]
+        pub(in crate::journal) over: Vec<calls::Call>,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -173,14 +175,6 @@ pub(super) mod wire {
         /// Under the name of an earlier run.
         #[prost(bool, tag = "3")]
         pub(in crate::journal) taken_back: bool,
-    }
-
-    #[derive(Clone, PartialEq, prost::Message)]
-    pub(in crate::journal) struct Ended {
-        #[prost(string, tag = "1")]
-        pub(in crate::journal) request_id: String,
-        #[prost(uint64, tag = "2")]
-        pub(in crate::journal) seq: u64,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -253,7 +247,6 @@ fn wire_space(space: &DrainedSpace) -> wire::Space {
         request_id: bracket.start.as_ref().map_or_else(String::new, |(id, _)| id.to_string()),
         non_blockable: bracket.start.as_ref().is_some_and(|(_, may_wait)| *may_wait == MayWait::No),
     };
-    let ended = |(id, seq): &(CallId, Seq)| wire::Ended { request_id: id.to_string(), seq: seq.get() };
     let registered = |(call, asked): &(CallId, ToRegister)| wire::Registered {
         request_id: call.to_string(),
         name: asked.name.clone(),
@@ -266,7 +259,7 @@ fn wire_space(space: &DrainedSpace) -> wire::Space {
         began_after: space.began_after.map_or(0, Seq::get),
         open_brackets: space.open_brackets.iter().map(bracket).collect(),
         strict: space.strictness == Strictness::Strict,
-        ended: space.ended.iter().map(ended).collect(),
+        over: space.over.iter().filter_map(calls::wire_call).collect(),
         registered: space.registered.as_ref().map(registered),
     }
 }
@@ -328,10 +321,6 @@ fn space(space: wire::Space) -> Result<DrainedSpace, Nonsense> {
         let start = convert::call_id(&bracket.request_id).map_err(|_| Nonsense)?.map(|id| (id, may_wait));
         Ok(DrainedBracket { seq, range, cause, owner: OwnerTag::new(bracket.owner), start })
     };
-    let ended = |ended: wire::Ended| {
-        let id = convert::call_id(&ended.request_id).map_err(|_| Nonsense)?.ok_or(Nonsense)?;
-        Ok((id, Seq::new(ended.seq).ok_or(Nonsense)?))
-    };
     let id = AddressSpaceId::new(space.id).ok_or(Nonsense)?;
     let strictness = if space.strict { Strictness::Strict } else { Strictness::Lenient };
     let registered = |registered: wire::Registered| {
@@ -347,6 +336,6 @@ fn space(space: wire::Space) -> Result<DrainedSpace, Nonsense> {
         open_brackets: space.open_brackets.into_iter().map(bracket).collect::<Result<_, _>>()?,
         strictness,
         registered: space.registered.map(registered).transpose()?,
-        ended: space.ended.into_iter().map(ended).collect::<Result<_, _>>()?,
+        over: space.over.into_iter().map(|over| calls::call(over, id)).collect::<Result<_, _>>()?,
     })
 }

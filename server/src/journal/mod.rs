@@ -15,6 +15,7 @@
 
 mod record;
 mod history;
+mod calls;
 mod drained;
 mod medium;
 mod file;

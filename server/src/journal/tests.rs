@@ -7,18 +7,18 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::source::Strictness;
 use crate::source::rpc::registrations::ToRegister;
 use crate::source::rpc::releases::Released;
-use crate::source::rpc::retries::MayWait;
+use crate::source::rpc::retries::{Asked, MayWait, Over};
+use crate::source::{NotifyError, Strictness};
 use proptest::prelude::*;
 use shootdown_core::lease::LeaseTerms;
 use shootdown_core::{
-    AddrRange, AddressSpaceId, Cause, CauseSet, DeviceId, Epoch, Incarnation, Moment, NoticeNumber, Seq,
-    SessionId, SubscriptionId,
+    Access, AddrRange, AddressSpaceId, Cause, CauseSet, DeviceId, Epoch, FrameNumber, Incarnation, Method,
+    Moment, NoticeNumber, OwnerTag, PageSize, Seq, SessionId, SubscriptionId, Translation,
 };
 use shootdown_proto::convert;
-use shootdown_proto::message::RequestId;
+use shootdown_proto::message::{CallId, RequestId};
 
 use super::file::JournalFile;
 use super::record::{Record, frame, header, read};
@@ -68,6 +68,28 @@ fn only(path: &Path) -> std::path::PathBuf {
     files.remove(0)
 }
 
+/// Each method, and each outcome.
+fn over() -> Vec<(CallId, Over)> {
+    let (range, owner, address_space) = (AddrRange::ALL, OwnerTag::new(8), AddressSpaceId::new(4).unwrap());
+    let page = AddrRange::page_of(4096, PageSize::BASE);
+    let translation = Translation { range: page, frame: FrameNumber(3), access: Access::Read };
+    let start = |may_wait| Asked::Start { range, cause: Cause::Unmap, owner, may_wait };
+    let no_place = NotifyError::TooManyRounds { address_space, most: 4 };
+    let full = NotifyError::QuarantineFull { bytes: 1, pages: 2, most_bytes: 3, most_pages: 4 };
+    let over = [
+        Over::Ended(Seq::FIRST),
+        Over::Settled(start(MayWait::Yes), Seq::FIRST),
+        Over::Settled(Asked::Page { address: 4096, cause: Cause::Clear, owner: None }, Seq::FIRST),
+        Over::Settled(Asked::Around { method: Method::ChangePte(translation), range: page }, Seq::FIRST),
+        Over::Settled(Asked::Around { method: Method::ClearYoung, range: page }, Seq::FIRST),
+        Over::WouldBlock(start(MayWait::No)),
+        Over::Refused(start(MayWait::No), no_place),
+        Over::Refused(Asked::Around { method: Method::ClearFlushYoung, range: page }, full),
+    ];
+    let name = |(number, over)| (convert::call_id(&format!("over-{number}")).unwrap().unwrap(), over);
+    over.into_iter().enumerate().map(name).collect()
+}
+
 fn drained() -> Drained {
     let subscription = DrainedSubscription {
         id: SubscriptionId::new(3).unwrap(),
@@ -103,7 +125,7 @@ fn drained() -> Drained {
                 start: convert::call_id("start-1").unwrap().map(|id| (id, MayWait::No)),
             }],
             strictness: Strictness::Strict,
-            ended: vec![(convert::call_id("end-0").unwrap().unwrap(), Seq::FIRST)],
+            over: over(),
             registered: convert::call_id("register-1").unwrap().map(|call| {
                 let (name, taken_back) = ("vm".to_owned(), AddressSpaceId::new(4));
                 (call, ToRegister { name, strictness: Strictness::Strict, taken_back })

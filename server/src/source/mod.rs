@@ -219,6 +219,17 @@ pub enum NotifyError {
     Superseded,
 }
 
+impl NotifyError {
+    /// Whether the host agent would have, had there been room. It refuses what asks for room only while there is none;
+    /// for other reasons it refuses every call that comes.
+    pub(crate) fn is_for_want_of_room(&self) -> bool {
+        matches!(
+            self,
+            Self::TooManyRounds { .. } | Self::QuarantineFull { .. } | Self::TooManyAddressSpaces { .. }
+        )
+    }
+}
+
 /// The notifier methods, as a source calls them.
 ///
 /// | method | may sleep |

@@ -119,50 +119,6 @@ async fn what_is_not_quiet_at_a_planned_end_is_treated_as_after_a_crash() {
     assert_eq!(waits.targets[0].device_id, "silent");
 }
 
-/// The first page, by a call that may be tried again.
-fn start_by_id(space: u64, request_id: &str) -> v1::InvalidateRangeStartRequest {
-    v1::InvalidateRangeStartRequest {
-        address_space_id: space,
-        range: Some(wire(pages(0, 1))),
-        cause: v1::Cause::Unmap.into(),
-        request_id: request_id.to_owned(),
-        ..Default::default()
-    }
-}
-
-#[tokio::test]
-async fn a_call_whose_answer_went_with_a_planned_end_has_its_outcome_and_counts_as_dirty() {
-    let place = Place::new();
-    let first = place.start(&["--lease", "60s"]);
-    let mut notifier = place.notifier().await;
-    let space = register(&mut notifier).await;
-    let started = notifier.invalidate_range_start(start_by_id(space, "start-1")).await.unwrap().into_inner();
-    let started = started.result.unwrap();
-    assert!(!started.dirty, "nobody was asked");
-    first.end_as_planned().await;
-
-    let second = place.start(&["--lease", "60s"]);
-    let mut notifier = place.notifier().await;
-    let again = notifier.invalidate_range_start(start_by_id(space, "start-1")).await.unwrap().into_inner();
-    let again = again.result.unwrap();
-    assert_eq!((again.seq, again.verdict()), (started.seq, v1::Verdict::Quiesced), "no second bracket");
-    assert!(again.dirty, "what its targets told is forgotten");
-    let end = v1::InvalidateRangeEndRequest {
-        address_space_id: space,
-        seq: started.seq,
-        request_id: "end-1".to_owned(),
-        host_incarnation: started.host_incarnation,
-    };
-    notifier.invalidate_range_end(end.clone()).await.unwrap();
-    second.end_as_planned().await;
-
-    let _third = place.start(&["--lease", "60s"]);
-    place.notifier().await.invalidate_range_end(end).await.expect("it was ended, and is told so");
-    let mut admin = place.admin().await;
-    let spaces = admin.list_address_spaces(v1::ListAddressSpacesRequest::default()).await.unwrap();
-    assert_eq!(spaces.into_inner().address_spaces[0].open_brackets, 0);
-}
-
 /// What is said of the lease and what is renewed are one thing, also when the setting is another one by now.
 #[tokio::test]
 async fn a_session_that_goes_on_after_a_planned_restart_is_told_its_own_lease() {
@@ -198,49 +154,6 @@ async fn a_session_that_was_evicted_is_not_resumed_after_a_planned_end() {
     let space = register(&mut notifier).await;
     let waits = invalidate(&mut notifier, space, Some(0)).await.unwrap();
     assert_eq!(waits.targets[0].device_id, "evicted", "it is waited for everywhere, as after a crash");
-}
-
-#[tokio::test]
-async fn a_registration_and_a_release_whose_answers_went_with_a_planned_end_have_their_outcome() {
-    let place = Place::new();
-    let by_id = |name: &str| v1::RegisterAddressSpaceRequest {
-        name: name.to_owned(),
-        request_id: format!("register-{name}"),
-        ..Default::default()
-    };
-    let release = |space| v1::ReleaseAddressSpaceRequest {
-        address_space_id: space,
-        request_id: format!("release-{space}"),
-    };
-    let first = place.start(&[]);
-    let mut notifier = place.notifier().await;
-    let kept = notifier.register_address_space(by_id("kept")).await.unwrap().into_inner().address_space_id;
-    let gone = notifier.register_address_space(by_id("gone")).await.unwrap().into_inner().address_space_id;
-    let released = notifier.release_address_space(release(gone)).await.unwrap().into_inner().result.unwrap();
-    first.end_as_planned().await;
-
-    // And the run after the next knows as much.
-    for _ in 0..2 {
-        let next = place.start(&[]);
-        let mut notifier = place.notifier().await;
-        let again = notifier.register_address_space(by_id("kept")).await.unwrap().into_inner();
-        assert_eq!(again.address_space_id, kept);
-        let again = notifier.release_address_space(release(gone)).await.unwrap().into_inner().result.unwrap();
-        assert_eq!((again.verdict(), again.seq), (released.verdict(), released.seq));
-        assert!(again.dirty, "what its targets told is forgotten");
-        let another = v1::ReleaseAddressSpaceRequest { request_id: "another".to_owned(), ..release(gone) };
-        let unknown = notifier.release_address_space(another).await.unwrap_err();
-        assert_eq!(Reason::of_status(&unknown), Some(Reason::AddressSpaceUnknown));
-        next.end_as_planned().await;
-    }
-
-    // Under the name that was released another may begin, and end.
-    let _last = place.start(&[]);
-    let mut notifier = place.notifier().await;
-    let back = v1::RegisterAddressSpaceRequest { address_space_id: gone, ..Default::default() };
-    notifier.register_address_space(back).await.unwrap();
-    let another = v1::ReleaseAddressSpaceRequest { request_id: "another".to_owned(), ..release(gone) };
-    notifier.release_address_space(another).await.unwrap();
 }
 
 #[tokio::test]

@@ -257,10 +257,7 @@ async fn who_waits_for_a_place_may_go_away_and_its_retry_takes_it() {
     device.subscribe(vmm.id(), pages(0, 8)).await;
     let full = vmm.invalidating(vmm.unmap(pages(1, 1), "full"));
     let notice = device.notice().await.number;
-    // Waits for a place for ever; a try beside it has its own time, and takes nothing with it.
     let first = vmm.invalidating(vmm.unmap(pages(2, 1), "a"));
-    let hasty = v1::InvalidateRangeStartRequest { deadline_ms: Some(20), ..vmm.unmap(pages(2, 1), "a") };
-    assert_eq!(refused(vmm.invalidate(hasty).await), Reason::RoundQuota);
     let second = vmm.invalidating(vmm.unmap(pages(2, 1), "a"));
     first.abort();
     drop(first.await);
@@ -270,6 +267,58 @@ async fn who_waits_for_a_place_may_go_away_and_its_retry_takes_it() {
     device.ack(notice).await;
     assert_eq!(second.await.unwrap().unwrap().seq, 2);
     assert_eq!(agent.listed_space().await.seq, 2);
+}
+
+#[tokio::test]
+async fn a_call_that_was_refused_for_want_of_room_is_refused_to_each_try_of_it() {
+    let agent = Agent::start_with(|config| config.host.max_rounds_in_flight = 1);
+    let vmm = Vmm::start(&agent).await;
+    let mut device = agent.device("gpu").await;
+    device.subscribe(vmm.id(), pages(0, 8)).await;
+    let full = vmm.invalidating(vmm.unmap(pages(1, 1), "full"));
+    let notice = device.notice().await.number;
+    // Its caller lost it, and it waits for a place for ever. The caller's next try is refused, and it goes on without a
+    // bracket: the one that waits must open none.
+    let waits = vmm.reconnected(&agent).await.invalidating(vmm.unmap(pages(2, 1), "a"));
+    let hasty = v1::InvalidateRangeStartRequest { deadline_ms: Some(20), ..vmm.unmap(pages(2, 1), "a") };
+    assert_eq!(refused(vmm.invalidate(hasty).await), Reason::RoundQuota);
+    assert_eq!(refused(waits.await.unwrap()), Reason::RoundQuota);
+    device.ack(notice).await;
+    full.await.unwrap().unwrap();
+    // Nor one that arrives when there is room.
+    assert_eq!(refused(vmm.invalidate(vmm.unmap(pages(2, 1), "a")).await), Reason::RoundQuota);
+    assert_eq!((agent.listed_space().await.seq, open_brackets(&agent).await), (1, 1));
+    assert!(device.is_silent().await);
+    // By an id of its own it is a call of its own.
+    let anew = vmm.invalidating(vmm.unmap(pages(2, 1), "b"));
+    let notice = device.notice().await.number;
+    device.ack(notice).await;
+    assert_eq!(anew.await.unwrap().unwrap().seq, 2);
+}
+
+/// It was true when its first try was made; by now the page may be somebody else's.
+#[tokio::test]
+async fn a_change_pte_that_waits_beside_another_try_of_it_is_an_invalidation() {
+    let agent = Agent::start_with(|config| config.host.max_rounds_in_flight = 1);
+    let vmm = Vmm::start(&agent).await;
+    let mut device = agent.device("gpu").await;
+    device.subscribe(vmm.id(), pages(0, 8)).await;
+    let full = vmm.invalidating(vmm.unmap(pages(1, 1), "full"));
+    let notice = device.notice().await.number;
+    let changing = || {
+        let vmm = vmm.clone();
+        tokio::spawn(async move { change(&vmm, 2, 5, "a").await })
+    };
+    let tries = [changing(), changing()];
+    device.settled().await;
+    device.ack(notice).await;
+    full.await.unwrap().unwrap();
+    let notice = device.notice().await;
+    assert_eq!((notice.kind(), notice.change_pte), (v1::NoticeKind::Invalidate, None));
+    device.ack(notice.number).await;
+    for one in tries {
+        assert_eq!(one.await.unwrap().unwrap().seq, 2);
+    }
 }
 
 #[tokio::test]
@@ -285,8 +334,9 @@ async fn brackets_that_nobody_comes_back_for_are_bounded_and_end_with_the_releas
     // The retry of one that is open is not one more.
     assert_eq!(vmm.invalidate(vmm.unmap(pages(1, 1), "a")).await.unwrap().seq, 1);
     vmm.end(1, "").await.unwrap();
-    // What was refused is not remembered.
-    assert_eq!(vmm.invalidate(third).await.unwrap().seq, 3);
+    // What was refused stays so; by another id it is another call.
+    assert_eq!(refused(vmm.invalidate(third).await), Reason::RoundQuota);
+    assert_eq!(vmm.invalidate(vmm.unmap(pages(1, 1), "d")).await.unwrap().seq, 3);
     assert_eq!(vmm.release("").await.unwrap().verdict(), v1::Verdict::Quiesced);
 }
 

@@ -22,6 +22,9 @@ pub(crate) struct ToRegister {
     pub(crate) taken_back: Option<AddressSpaceId>,
 }
 
+/// A refusal is one for want of room: who is told so goes on without an address space, and no late try makes one.
+type Outcome = Result<AddressSpaceId, NotifyError>;
+
 /// Registrations by their ids.
 #[derive(Debug, Default)]
 pub(crate) struct Registrations {
@@ -30,7 +33,7 @@ pub(crate) struct Registrations {
 
 #[derive(Debug, Default)]
 struct Table {
-    by_call: HashMap<CallId, (ToRegister, AddressSpaceId)>,
+    by_call: HashMap<CallId, (ToRegister, Outcome)>,
     /// The oldest first.
     kept: VecDeque<CallId>,
 }
@@ -42,37 +45,37 @@ impl Registrations {
         &self,
         call: CallId,
         asked: ToRegister,
-        register: impl FnOnce(&ToRegister) -> Result<AddressSpaceId, NotifyError>,
-    ) -> Result<Result<AddressSpaceId, NotifyError>, IdReused> {
+        register: impl FnOnce(&ToRegister) -> Outcome,
+    ) -> Result<Outcome, IdReused> {
         let mut table = self.table.lock();
         match table.by_call.get(&call) {
-            Some((known, id)) if *known == asked => return Ok(Ok(*id)),
+            Some((known, outcome)) if *known == asked => return Ok(outcome.clone()),
             Some(_) => return Err(IdReused),
             None => {}
         }
-        let registered = register(&asked);
-        if let Ok(id) = registered {
-            table.keep(call, asked, id);
+        let outcome = register(&asked);
+        if outcome.as_ref().map_or_else(NotifyError::is_for_want_of_room, |_| true) {
+            table.keep(call, asked, outcome.clone());
         }
-        Ok(registered)
+        Ok(outcome)
     }
 
     /// By which call an address space was registered.
     pub(crate) fn of(&self, address_space: AddressSpaceId) -> Option<(CallId, ToRegister)> {
         let table = self.table.lock();
-        let (call, (asked, _)) = table.by_call.iter().find(|(_, (_, id))| *id == address_space)?;
+        let (call, (asked, _)) = table.by_call.iter().find(|(_, (_, made))| *made == Ok(address_space))?;
         Some((call.clone(), asked.clone()))
     }
 
     /// A registration of the run before.
     pub(crate) fn restore(&self, call: CallId, asked: ToRegister, address_space: AddressSpaceId) {
-        self.table.lock().keep(call, asked, address_space);
+        self.table.lock().keep(call, asked, Ok(address_space));
     }
 }
 
 impl Table {
-    fn keep(&mut self, call: CallId, asked: ToRegister, id: AddressSpaceId) {
-        self.by_call.insert(call.clone(), (asked, id));
+    fn keep(&mut self, call: CallId, asked: ToRegister, outcome: Outcome) {
+        self.by_call.insert(call.clone(), (asked, outcome));
         self.kept.push_back(call);
         if self.kept.len() > MOST_KEPT
             && let Some(oldest) = self.kept.pop_front()
@@ -104,5 +107,20 @@ mod tests {
         assert!(!register(MOST_KEPT) && !register(1), "these are known");
         assert!(register(0), "the oldest is not");
         assert_eq!(registrations.table.lock().by_call.len(), MOST_KEPT);
+    }
+
+    #[test]
+    fn a_registration_that_was_refused_for_want_of_room_is_refused_to_each_try_of_it() {
+        let registrations = Registrations::default();
+        let asked = ToRegister { name: String::new(), strictness: Strictness::Strict, taken_back: None };
+        let by = |id, outcome: Outcome| {
+            let id = shootdown_proto::convert::call_id(id).unwrap().unwrap();
+            registrations.once(id, asked.clone(), |_| outcome).unwrap()
+        };
+        let full = NotifyError::TooManyAddressSpaces { most: 1 };
+        assert_eq!(by("a", Err(full.clone())), Err(full.clone()));
+        assert_eq!(by("a", Ok(AddressSpaceId::FIRST)), Err(full), "there is room now, and nobody asks");
+        assert_eq!(by("b", Err(NotifyError::Stopping)), Err(NotifyError::Stopping));
+        assert_eq!(by("b", Ok(AddressSpaceId::FIRST)), Ok(AddressSpaceId::FIRST));
     }
 }

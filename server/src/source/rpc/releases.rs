@@ -23,9 +23,12 @@ pub(crate) struct Releases {
 
 #[derive(Debug, Default)]
 struct ReleaseTable {
-    by_space: HashMap<AddressSpaceId, Arc<Release>>,
+    /// A name that was taken back has those of each address space that had it: a late try is of the one it was for.
+    by_call: HashMap<(AddressSpaceId, CallId), Arc<Release>>,
+    /// Of the one that has the name now, or had it last.
+    begun: HashMap<AddressSpaceId, Arc<Release>>,
     /// Those that are complete, the oldest first.
-    done: VecDeque<AddressSpaceId>,
+    done: VecDeque<Arc<Release>>,
 }
 
 /// A release that is complete.
@@ -39,12 +42,18 @@ pub(crate) struct Released {
 
 #[derive(Debug)]
 pub(crate) struct Release {
+    address_space: AddressSpaceId,
     id: CallId,
     /// It may be NotQuiesced at first, and better later.
     outcome: watch::Sender<Option<Result<RoundResult, NotifyError>>>,
 }
 
 impl Release {
+    fn on_told(self: &Arc<Self>, host: &Host, outcome: Result<RoundResult, NotifyError>) {
+        host.releases().on_told(self, &outcome);
+        self.outcome.send_replace(Some(outcome));
+    }
+
     /// # Cancel safety
     /// Cancel safe: the release has a task of its own.
     pub(crate) async fn outcome(&self, bound: Duration) -> Result<RoundResult, NotifyError> {
@@ -65,19 +74,21 @@ impl Release {
 impl Releases {
     /// The release of an address space by this id, which may be over.
     pub(crate) fn find(&self, address_space: AddressSpaceId, id: &CallId) -> Option<Arc<Release>> {
-        let release = self.table.lock().by_space.get(&address_space).cloned();
-        release.filter(|release| release.id == *id)
+        self.table.lock().by_call.get(&(address_space, id.clone())).cloned()
     }
 
     /// The release of an address space by this id; begins it where there is none. `None` where another
     /// has begun.
     pub(crate) fn begin(host: &Host, address_space: AddressSpaceId, id: CallId) -> Option<Arc<Release>> {
         let mut table = host.releases().table.lock();
-        if let Some(release) = table.by_space.get(&address_space) {
-            return (release.id == id).then(|| Arc::clone(release));
+        if let Some(release) = table.by_call.get(&(address_space, id.clone())) {
+            return Some(Arc::clone(release));
         }
-        let release = Arc::new(Release { id, outcome: watch::Sender::new(None) });
-        table.by_space.insert(address_space, Arc::clone(&release));
+        if table.begun.contains_key(&address_space) {
+            return None;
+        }
+        let release = Arc::new(Release { address_space, id, outcome: watch::Sender::new(None) });
+        table.insert(&release);
         drop(table);
         let (host, task) = (host.clone(), Arc::clone(&release));
         let (tasks, control) = (host.tasks().clone(), host.control().clone());
@@ -87,8 +98,11 @@ impl Releases {
                 let (tell, mut told) = mpsc::channel(2);
                 host.release_telling(address_space, tell);
                 while let Some(outcome) = told.recv().await {
-                    host.releases().on_told(address_space, &task, &outcome);
-                    task.outcome.send_replace(Some(outcome));
+                    task.on_told(&host, outcome);
+                }
+                // The runtime of what was to tell is gone.
+                if task.outcome.borrow().is_none() {
+                    task.on_told(&host, Err(NotifyError::Stopping));
                 }
             },
             &control,
@@ -98,54 +112,59 @@ impl Releases {
 
     /// Those that are complete, and may be tried again in the next run; the oldest first.
     pub(crate) fn done(&self) -> Vec<Released> {
-        let table = self.table.lock();
-        let released = |address_space: &AddressSpaceId| {
-            let release = table.by_space.get(address_space)?;
+        let released = |release: &Arc<Release>| {
             let seq = release.outcome.borrow().as_ref()?.as_ref().ok()?.seq;
-            Some(Released { address_space: *address_space, call: release.id.clone(), seq })
+            Some(Released { address_space: release.address_space, call: release.id.clone(), seq })
         };
-        table.done.iter().filter_map(released).collect()
+        self.table.lock().done.iter().filter_map(released).collect()
     }
 
     /// A release of the run before, with what is known of it: that it was quiesced.
     pub(crate) fn restore(&self, address_space: AddressSpaceId, call: CallId, outcome: RoundResult) {
         let outcome = Ok(outcome);
-        let release = Arc::new(Release { id: call, outcome: watch::Sender::new(Some(outcome.clone())) });
-        self.table.lock().by_space.insert(address_space, Arc::clone(&release));
-        self.on_told(address_space, &release, &outcome);
+        let told = watch::Sender::new(Some(outcome.clone()));
+        let release = Arc::new(Release { address_space, id: call, outcome: told });
+        self.table.lock().insert(&release);
+        self.on_told(&release, &outcome);
     }
 
-    /// The name is given to an address space again: what was released by it is another one.
+    /// The name is given to an address space again, which has not been released.
     pub(crate) fn forget(&self, address_space: AddressSpaceId) {
-        let mut table = self.table.lock();
-        table.by_space.remove(&address_space);
-        table.done.retain(|done| *done != address_space);
+        self.table.lock().begun.remove(&address_space);
     }
 
-    fn on_told(
-        &self,
-        address_space: AddressSpaceId,
-        release: &Arc<Release>,
-        outcome: &Result<RoundResult, NotifyError>,
-    ) {
+    fn on_told(&self, release: &Arc<Release>, outcome: &Result<RoundResult, NotifyError>) {
         let mut table = self.table.lock();
-        // Forgotten: the name is another's by now, which has releases of its own.
-        if !table.by_space.get(&address_space).is_some_and(|known| Arc::ptr_eq(known, release)) {
-            return;
-        }
         match outcome {
-            Err(_) => {
-                table.by_space.remove(&address_space);
-                return;
+            Err(_) => table.remove(release),
+            Ok(result) if !result.is_quiesced() => {}
+            Ok(_) => {
+                table.done.push_back(Arc::clone(release));
+                if table.done.len() > MOST_RELEASES_KEPT
+                    && let Some(oldest) = table.done.pop_front()
+                {
+                    table.remove(&oldest);
+                }
             }
-            Ok(result) if !result.is_quiesced() => return,
-            Ok(_) => {}
         }
-        table.done.push_back(address_space);
-        if table.done.len() > MOST_RELEASES_KEPT
-            && let Some(oldest) = table.done.pop_front()
-        {
-            table.by_space.remove(&oldest);
+    }
+}
+
+impl ReleaseTable {
+    fn insert(&mut self, release: &Arc<Release>) {
+        self.begun.insert(release.address_space, Arc::clone(release));
+        self.by_call.insert((release.address_space, release.id.clone()), Arc::clone(release));
+    }
+
+    fn remove(&mut self, release: &Arc<Release>) {
+        let is_it = |known: Option<&Arc<Release>>| known.is_some_and(|known| Arc::ptr_eq(known, release));
+        let call = (release.address_space, release.id.clone());
+        if is_it(self.by_call.get(&call)) {
+            self.by_call.remove(&call);
+        }
+        // The name may be another's by now, which has releases of its own.
+        if is_it(self.begun.get(&release.address_space)) {
+            self.begun.remove(&release.address_space);
         }
     }
 }
@@ -183,7 +202,8 @@ mod tests {
             assert!(release.outcome(Duration::ZERO).await.unwrap().is_quiesced());
         }
         let table = host.releases().table.lock();
-        assert_eq!((table.by_space.len(), table.done.len()), (MOST_RELEASES_KEPT, MOST_RELEASES_KEPT));
+        let kept = [table.by_call.len(), table.begun.len(), table.done.len()];
+        assert_eq!(kept, [MOST_RELEASES_KEPT; 3]);
     }
 
     const NAME: AddressSpaceId = AddressSpaceId::FIRST.next();
@@ -229,9 +249,12 @@ mod tests {
         host.directory().restore(make, host.restart().survivors());
         let first = Releases::begin(&host, NAME, by("first")).unwrap();
         assert!(first.outcome(Duration::ZERO).await.unwrap().is_quiesced());
-        assert_eq!(host.releases().table.lock().done, [], "of the one that there is now");
+        // One more try of it comes late: it is of the one before, and has its outcome.
+        let late = Releases::begin(&host, NAME, by("first")).unwrap();
+        assert!(Arc::ptr_eq(&late, &first));
+        assert!(host.directory().get(NAME).is_some_and(|newcomer| !newcomer.order.lock().released));
         let second = Releases::begin(&host, NAME, by("second")).expect("it has not been released");
         assert!(second.outcome(Duration::ZERO).await.unwrap().is_quiesced());
-        assert_eq!(host.releases().done().len(), 1);
+        assert_eq!(host.releases().done().len(), 2);
     }
 }

@@ -4,24 +4,26 @@
 //! and gets the outcome of the call that did:
 //!
 //! ```text
-//!   ask(id) --not known--> Opening --the round is open--> Opened, until it is settled and old
-//!           |                 |-----WOULD_BLOCK---------> Blocked, until it is old
-//!           |                 +--refused, or nobody asks any more--> not known
-//!           +--known, the same request--> waits with the others, for the same outcome
+//!   ask(id) --not known--> Undecided --the round is open--> Opened ----until it is settled and old
+//!           |                  |------WOULD_BLOCK---------> Blocked ---until it is old
+//!           |                  |------no room for it------> Refused ---until it is old
+//!           |                  +------nobody asks any more, or refused for another reason--> not known
+//!           +--known, the same request--> has its outcome, as soon as there is one
 //!           +--known, another request---> REQUEST_ID_REUSED
 //! ```
 //!
-//! WOULD_BLOCK leaves nothing behind in the address space (NonBlockAtomic), and is an outcome all the same: its
-//! caller goes on without a bracket, so a try that comes late, when nobody is in the way any more, must not open one.
-//! A call that was refused is not remembered, and is done anew when it is tried again.
+//! The first try that comes to a decision decides for all. WOULD_BLOCK, ROUND_QUOTA and QUARANTINE_FULL leave nothing
+//! behind in the address space (NonBlockAtomic), and are outcomes all the same: their caller goes on without a bracket,
+//! so a try that comes late, when there is room and nobody is in the way any more, must not open one. What a host agent
+//! refuses that stops, or that was replaced, is none: it refuses every try, and its successor decides.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use shootdown_core::{AddrRange, Cause, Method, OwnerTag, Seq};
+use shootdown_core::{AddrRange, Cause, Method, OwnerTag, PageSize, Seq};
 use shootdown_proto::message::CallId;
-use tokio::sync::OnceCell;
+use tokio::sync::SetOnce;
 
 use crate::completion::WaitingRound;
 use crate::dispatch::Dispatched;
@@ -93,17 +95,35 @@ enum Known {
 pub(crate) struct ToTryAgain {
     /// Those that opened brackets which are open still.
     pub(crate) starts: BTreeMap<Seq, (CallId, MayWait)>,
-    pub(crate) ends: Vec<(CallId, Seq)>,
+    /// The latest of those that are over, the oldest first.
+    pub(crate) over: Vec<(CallId, Over)>,
+}
+
+/// What is known of a call that is over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Over {
+    /// `invalidate_range_end` of this bracket.
+    Ended(Seq),
+    /// Its targets have stopped, and its bracket has ended.
+    Settled(Asked, Seq),
+    WouldBlock(Asked),
+    /// For want of room.
+    Refused(Asked, NotifyError),
 }
 
 /// One request, however often it is tried.
 #[derive(Debug)]
 struct Once {
     asked: Asked,
-    outcome: OnceCell<Dispatched>,
+    /// Held while a try decides: of several that come to it at once, the first.
+    deciding: Mutex<()>,
+    outcome: SetOnce<Outcome>,
     /// The bits that the host had of the range. Taken once: what is reported later belongs to a later query.
     young: OnceLock<bool>,
 }
+
+/// A refusal is one for want of room.
+type Outcome = Result<Dispatched, NotifyError>;
 
 /// One try.
 #[derive(Debug)]
@@ -113,14 +133,27 @@ pub(crate) struct Try<'a> {
     once: Arc<Once>,
 }
 
+impl Asked {
+    /// What its round was told of.
+    pub(crate) fn told(self) -> (AddrRange, Method, Cause, Option<OwnerTag>) {
+        match self {
+            Self::Start { range, cause, owner, .. } => (range, Method::Invalidate, cause, owner),
+            Self::Page { address, cause, owner } => {
+                (AddrRange::page_of(address, PageSize::BASE), Method::Invalidate, cause, owner)
+            }
+            Self::Around { method, range } => (range, method, Cause::Clear, None),
+        }
+    }
+}
+
 impl Retries {
     /// A call arrives.
     pub(crate) fn ask(&self, id: CallId, asked: Asked) -> Result<Try<'_>, IdReused> {
         let mut table = self.table.lock();
-        let known = table.calls.entry(id.clone()).or_insert_with(|| Known::Round {
-            once: Arc::new(Once { asked, outcome: OnceCell::new(), young: OnceLock::new() }),
-            callers: 0,
-        });
+        let known = table
+            .calls
+            .entry(id.clone())
+            .or_insert_with(|| Known::Round { once: Arc::new(Once::new(asked)), callers: 0 });
         match known {
             Known::Round { once, callers } if once.asked == asked => {
                 *callers += 1;
@@ -153,38 +186,60 @@ impl Retries {
     }
 
     /// The calls that a planned end of this run leaves open for a further try: those that opened brackets which
-    /// are open still, by the sequences of these, and the ends.
-    pub(crate) fn to_try_again(&self) -> ToTryAgain {
-        let ToTryAgain { mut starts, mut ends } = ToTryAgain::default();
-        for (id, known) in &self.table.lock().calls {
-            match known {
-                Known::Round { once, .. } => {
-                    if let (Asked::Start { may_wait, .. }, Some(Dispatched::Open(round))) =
-                        (once.asked, once.outcome.get())
-                        && !round.is_settled()
+    /// are open still, by the sequences of these, and the latest `most` of those that are over.
+    pub(crate) fn to_try_again(&self, most: usize) -> ToTryAgain {
+        let mut to_try_again = ToTryAgain::default();
+        let table = self.table.lock();
+        for (id, _) in table.kept.iter().rev() {
+            let over = match table.calls.get(id) {
+                Some(Known::Round { once, .. }) => match (once.asked, once.outcome.get()) {
+                    (Asked::Start { may_wait, .. }, Some(Ok(Dispatched::Open(round))))
+                        if !round.is_settled() =>
                     {
-                        starts.insert(round.look(|round| round.event().seq), (id.clone(), may_wait));
+                        to_try_again.starts.insert(round.seq(), (id.clone(), may_wait));
+                        continue;
                     }
-                }
-                Known::Ended(seq) => ends.push((id.clone(), *seq)),
+                    (asked, Some(outcome)) => Over::of(asked, outcome),
+                    (_, None) => continue,
+                },
+                Some(Known::Ended(seq)) => Over::Ended(*seq),
+                None => continue,
+            };
+            if to_try_again.over.len() < most {
+                to_try_again.over.push((id.clone(), over));
             }
         }
-        ToTryAgain { starts, ends }
+        to_try_again.over.reverse();
+        to_try_again
     }
 
     /// A call that opened its bracket in the run before.
     pub(crate) fn restore_start(&self, id: CallId, asked: Asked, round: Arc<WaitingRound>) {
-        let outcome = OnceCell::new_with(Some(Dispatched::Open(round)));
-        let once = Arc::new(Once { asked, outcome, young: OnceLock::new() });
-        let mut table = self.table.lock();
-        table.calls.insert(id.clone(), Known::Round { once, callers: 0 });
-        table.keep(id, 0);
+        self.restore(id, Known::before(asked, Ok(Dispatched::Open(round))));
     }
 
-    /// An end that was told in the run before.
-    pub(crate) fn restore_end(&self, id: CallId, seq: Seq) {
+    /// A call that was over in the run before; `settled` makes its round again, if it had one.
+    pub(crate) fn restore_over(
+        &self,
+        id: CallId,
+        over: Over,
+        settled: impl FnOnce(Asked, Seq) -> WaitingRound,
+    ) {
+        let known = match over {
+            Over::Ended(seq) => Known::Ended(seq),
+            Over::Settled(asked, seq) => {
+                Known::before(asked, Ok(Dispatched::Open(Arc::new(settled(asked, seq)))))
+            }
+            // Who was in the way is forgotten.
+            Over::WouldBlock(asked) => Known::before(asked, Ok(Dispatched::WouldBlock(Vec::new()))),
+            Over::Refused(asked, refused) => Known::before(asked, Err(refused)),
+        };
+        self.restore(id, known);
+    }
+
+    fn restore(&self, id: CallId, known: Known) {
         let mut table = self.table.lock();
-        table.calls.insert(id.clone(), Known::Ended(seq));
+        table.calls.insert(id.clone(), known);
         table.keep(id, 0);
     }
 
@@ -194,27 +249,64 @@ impl Retries {
     }
 }
 
+impl Over {
+    fn of(asked: Asked, outcome: &Outcome) -> Self {
+        match outcome {
+            Ok(Dispatched::Open(round)) => Self::Settled(asked, round.seq()),
+            Ok(Dispatched::WouldBlock(_)) => Self::WouldBlock(asked),
+            Err(refused) => Self::Refused(asked, refused.clone()),
+        }
+    }
+}
+
+impl Once {
+    fn new(asked: Asked) -> Self {
+        Self { asked, deciding: Mutex::default(), outcome: SetOnce::new(), young: OnceLock::new() }
+    }
+}
+
 impl Try<'_> {
-    /// Opens the round, unless another try has, or was told that it would block: of several that come at once
-    /// one opens, and when it is dropped or refused before it did, the next.
+    /// Waits until the call is `admitted`, however that ends, and then opens its round or refuses it, unless another
+    /// try has decided by then: that one's outcome is this one's, at once. No two of a call ever open one.
+    ///
+    /// # Errors
+    /// What the try that decided was refused for, and what this one is refused for where that decides nothing.
     ///
     /// # Cancel safety
-    /// Cancel safe: `open` has either done nothing yet, or its outcome is in the table.
-    pub(crate) async fn open(
+    /// Cancel safe: nothing has happened yet, or the outcome is in the table.
+    pub(crate) async fn once<A>(
         &self,
-        open: impl Future<Output = Result<Dispatched, NotifyError>>,
-    ) -> Result<Dispatched, NotifyError> {
-        let first = async {
-            let dispatched = open.await?;
-            // Nothing awaits between the opening and the table.
-            let targets = match &dispatched {
-                Dispatched::Open(round) => round.look(|round| round.reports().len()),
-                Dispatched::WouldBlock(targets) => targets.len(),
-            };
-            self.retries.table.lock().keep(self.id.clone(), targets);
-            Ok(dispatched)
+        admitted: impl Future<Output = A>,
+        open: impl FnOnce(A) -> Outcome,
+    ) -> Outcome {
+        let admitted = tokio::select! {
+            biased;
+            outcome = self.once.outcome.wait() => return outcome.clone(),
+            admitted = admitted => admitted,
         };
-        self.once.outcome.get_or_try_init(|| first).await.cloned()
+        self.decide(|| open(admitted))
+    }
+
+    fn decide(&self, open: impl FnOnce() -> Outcome) -> Outcome {
+        {
+            let _deciding = self.once.deciding.lock();
+            if let Some(outcome) = self.once.outcome.get() {
+                return outcome.clone();
+            }
+            let outcome = open();
+            if outcome.as_ref().is_err_and(|refused| !refused.is_for_want_of_room()) {
+                return outcome;
+            }
+            self.once.outcome.set(outcome).expect("whoever decides looks first, under the lock");
+        }
+        let outcome = self.once.outcome.get().expect("it was decided").clone();
+        let targets = match &outcome {
+            Ok(Dispatched::Open(round)) => round.look(|round| round.reports().len()),
+            Ok(Dispatched::WouldBlock(targets)) => targets.len(),
+            Err(_) => 0,
+        };
+        self.retries.table.lock().keep(self.id.clone(), targets);
+        outcome
     }
 
     /// What `take` said when the first try asked it.
@@ -230,7 +322,7 @@ impl Drop for Try<'_> {
         // Another's, where this one was old enough to be forgotten while its caller waited.
         if Arc::ptr_eq(once, &self.once) {
             *callers -= 1;
-            if *callers == 0 && !once.outcome.initialized() {
+            if *callers == 0 && once.outcome.get().is_none() {
                 table.calls.remove(&self.id);
             }
         }
@@ -260,12 +352,19 @@ impl Table {
 }
 
 impl Known {
+    /// A call that was decided in the run before.
+    fn before(asked: Asked, outcome: Outcome) -> Self {
+        let young = OnceLock::from(true);
+        let outcome = SetOnce::new_with(Some(outcome));
+        Self::Round { once: Arc::new(Once { outcome, young, ..Once::new(asked) }), callers: 0 }
+    }
+
     fn is_open(&self) -> bool {
         match self {
             Self::Round { once, .. } => match once.outcome.get() {
-                Some(Dispatched::Open(round)) => !round.is_settled(),
-                Some(Dispatched::WouldBlock(_)) => false,
-                // It is being opened.
+                Some(Ok(Dispatched::Open(round))) => !round.is_settled(),
+                Some(Ok(Dispatched::WouldBlock(_)) | Err(_)) => false,
+                // It waits to be admitted.
                 None => true,
             },
             Self::Ended(_) => false,
@@ -274,170 +373,4 @@ impl Known {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-    use std::time::Duration;
-
-    use shootdown_core::{AddressSpaceId, PageSize};
-
-    use super::*;
-    use crate::config::Settings;
-    use crate::host::Host;
-    use crate::source::rpc::RpcSource;
-    use crate::source::{Invalidation, Notifier as _, Wait};
-
-    /// A host agent without sockets, and an address space that nobody subscribes to.
-    struct Bench {
-        host: Host,
-        source: Arc<RpcSource>,
-        space: AddressSpaceId,
-    }
-
-    fn call_id(text: &str) -> CallId {
-        shootdown_proto::convert::call_id(text).unwrap().unwrap()
-    }
-
-    impl Bench {
-        fn new() -> Self {
-            let listen = vec!["unix:/nowhere".parse().unwrap()];
-            let config = Settings { listen, ..Settings::default() }.resolve().unwrap();
-            let host = Host::new(config.host, tokio::runtime::Handle::current());
-            let source = Arc::new(RpcSource::default());
-            let space = host.register("test", Arc::clone(&source) as _).unwrap();
-            Self { host, source, space }
-        }
-
-        /// A whole round under an id: its sequence.
-        async fn page(&self, id: &str) -> Seq {
-            let (address, cause, owner) = (4096, Cause::Unmap, None);
-            let retry = self.source.retries.ask(call_id(id), Asked::Page { address, cause, owner }).unwrap();
-            let wait = Wait::ForTargets;
-            let result =
-                self.host.invalidate_page_for(self.space, address, cause, owner, wait, Some(&retry)).await;
-            result.unwrap().seq.unwrap()
-        }
-
-        /// A bracket that is left open.
-        async fn start(&self, id: &str) -> Seq {
-            let (range, cause, owner) = (AddrRange::page_of(4096, PageSize::BASE), Cause::Unmap, None);
-            let asked = Asked::Start { range, cause, owner, may_wait: MayWait::Yes };
-            let retry = self.source.retries.ask(call_id(id), asked).unwrap();
-            let (address_space, wait) = (self.space, Wait::ForTargets);
-            let invalidation =
-                Invalidation { address_space, range, cause, owner, wait, resident_pages: None };
-            self.host.start(invalidation, Some(&retry)).await.unwrap().seq.unwrap()
-        }
-
-        fn known(&self) -> usize {
-            self.source.retries.table.lock().calls.len()
-        }
-    }
-
-    #[tokio::test]
-    async fn outcomes_are_kept_in_a_bounded_number_and_open_ones_as_long_as_they_are_open() {
-        let bench = Bench::new();
-        let open = bench.start("open").await;
-        let oldest = bench.page("oldest").await;
-        for call in 0..MOST_KEPT - 2 {
-            bench.page(&call.to_string()).await;
-        }
-        assert_eq!(bench.page("oldest").await, oldest, "as many as are kept");
-        bench.page("one more").await;
-        assert_eq!(bench.known(), MOST_KEPT);
-        assert_ne!(bench.page("oldest").await, oldest, "forgotten, and done anew");
-        for call in 0..3 * MOST_KEPT {
-            bench.page(&format!("later {call}")).await;
-        }
-        assert_eq!(bench.start("open").await, open);
-        assert_eq!(bench.known(), MOST_KEPT);
-        // It is one of the others when it has ended.
-        bench.host.invalidate_range_end(bench.space, open).unwrap();
-        for call in 0..2 * MOST_KEPT {
-            bench.page(&format!("last {call}")).await;
-        }
-        assert_ne!(bench.start("open").await, open);
-    }
-
-    #[tokio::test]
-    async fn a_backlog_of_open_ones_goes_away_when_they_have_ended() {
-        const OPEN: usize = 2 * MOST_KEPT;
-        let bench = Bench::new();
-        let mut seqs = Vec::new();
-        for call in 0..OPEN {
-            seqs.push(bench.start(&format!("open {call}")).await);
-        }
-        assert_eq!(bench.known(), OPEN);
-        for seq in seqs {
-            bench.host.invalidate_range_end(bench.space, seq).unwrap();
-        }
-        for call in 0..OPEN {
-            bench.page(&call.to_string()).await;
-        }
-        assert_eq!(bench.known(), MOST_KEPT);
-    }
-
-    #[tokio::test]
-    async fn a_try_waits_for_another_that_opens_no_longer_than_its_own_time() {
-        let bench = Bench::new();
-        let (range, cause, owner) = (AddrRange::page_of(4096, PageSize::BASE), Cause::Unmap, None);
-        let asked = Asked::Start { range, cause, owner, may_wait: MayWait::Yes };
-        let first = bench.source.retries.ask(call_id("a"), asked).unwrap();
-        let second = bench.source.retries.ask(call_id("a"), asked).unwrap();
-        let mut opening = Box::pin(first.open(std::future::pending()));
-        assert!(futures_util::poll!(&mut opening).is_pending());
-        let wait = Wait::AtMost(Duration::from_millis(10));
-        let invalidation =
-            Invalidation { address_space: bench.space, range, cause, owner, wait, resident_pages: None };
-        let hasty = bench.host.start(invalidation, Some(&second));
-        let refused = tokio::time::timeout(Duration::from_secs(20), hasty).await.expect("its time passes");
-        assert!(matches!(refused, Err(NotifyError::TooManyRounds { .. })));
-        // The first goes away: it had opened nothing, and the second does.
-        drop(opening);
-        assert_eq!(bench.host.start(invalidation, Some(&second)).await.unwrap().seq, Some(Seq::FIRST));
-        assert_eq!(bench.host.start(invalidation, Some(&first)).await.unwrap().seq, Some(Seq::FIRST));
-    }
-
-    #[tokio::test]
-    async fn a_try_beside_one_that_would_block_has_its_outcome_and_opens_nothing() {
-        let bench = Bench::new();
-        let (range, cause, owner) = (AddrRange::page_of(4096, PageSize::BASE), Cause::Unmap, None);
-        let asked = Asked::Start { range, cause, owner, may_wait: MayWait::No };
-        let tries = ["a", "a"].map(|id| bench.source.retries.ask(call_id(id), asked).unwrap());
-        let (tell, told) = tokio::sync::oneshot::channel();
-        let in_the_way = async { Ok(Dispatched::WouldBlock(told.await.unwrap())) };
-        let mut first = Box::pin(tries[0].open(in_the_way));
-        assert!(futures_util::poll!(&mut first).is_pending());
-        // By now nobody is in the way: on its own it would open a bracket, of which its caller does not know.
-        let wait = Wait::NotAtAll;
-        let (address_space, resident_pages) = (bench.space, None);
-        let invalidation = Invalidation { address_space, range, cause, owner, wait, resident_pages };
-        let mut second = Box::pin(bench.host.start(invalidation, Some(&tries[1])));
-        assert!(futures_util::poll!(&mut second).is_pending());
-        tell.send(Vec::new()).unwrap();
-        assert!(matches!(first.await, Ok(Dispatched::WouldBlock(_))));
-        assert_eq!(second.await.unwrap().verdict, crate::source::Verdict::WouldBlock);
-        assert_eq!(bench.host.directory().expect(bench.space).unwrap().order.lock().gate.last_seq(), None);
-        drop(tries);
-        assert_eq!(bench.known(), 1, "it is remembered");
-        for call in 0..MOST_KEPT {
-            bench.page(&call.to_string()).await;
-        }
-        assert_eq!(bench.known(), MOST_KEPT, "no longer than others");
-    }
-
-    #[tokio::test]
-    async fn a_try_that_nobody_waits_for_any_more_leaves_nothing() {
-        let bench = Bench::new();
-        let (range, cause, owner) = (AddrRange::ALL, Cause::Unmap, None);
-        let asked = Asked::Start { range, cause, owner, may_wait: MayWait::Yes };
-        let first = bench.source.retries.ask(call_id("a"), asked).unwrap();
-        let second = bench.source.retries.ask(call_id("a"), asked).unwrap();
-        drop(first.open(std::future::pending()));
-        drop(first);
-        assert_eq!(bench.known(), 1, "another is in it");
-        let refused = second.open(async { Err(NotifyError::Stopping) }).await;
-        assert!(refused.is_err());
-        drop(second);
-        assert_eq!(bench.known(), 0);
-    }
-}
+mod tests;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   header  "SHOOTJNL" | version u32 | generation u64 | crc32c u32
-//!   frame   "FRAM" | length u32 | number u64 | crc32c u32 | records (protobuf), `length` bytes
+//!   frame   FF "FR" FF | length u32 | number u64 | crc32c u32 | records (protobuf), `length` bytes
 //! ```
 //!
 //! All numbers are little-endian. A frame's checksum covers its length, its number, its records and the
@@ -28,7 +28,8 @@ pub(crate) fn is_unnamed(device: &DeviceId) -> bool {
 }
 
 const FILE_MAGIC: &[u8; 8] = b"SHOOTJNL";
-const FRAME_MAGIC: &[u8; 4] = b"FRAM";
+/// No text holds it: a name that somebody chose, in a frame that is torn, is never taken for a frame behind it.
+const FRAME_MAGIC: &[u8; 4] = b"\xffFR\xff";
 
 /// Of the format: a reader of another version refuses the file.
 pub(super) const VERSION: u32 = 1;

@@ -135,3 +135,10 @@ fn a_file_of_a_later_version_is_refused_as_such() {
     bytes[20..].copy_from_slice(&crc);
     assert_eq!(read(&bytes, 7), Err((8, Damage::Version(2))));
 }
+
+/// Who has a name of its choice in a torn frame could have the journal taken for damaged.
+#[test]
+fn no_name_is_taken_for_a_frame() {
+    let is_text = |number: &u64| std::str::from_utf8(&frame(7, *number, &[])).is_ok();
+    assert_eq!((1..100_000).find(is_text), None);
+}

@@ -9,6 +9,10 @@ import grpc
 PAGE = 4096
 
 
+# Nobody knows whether the call arrived. A deadline that passes is CANCELLED where the host agent notices first.
+UNDECIDED = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+
+
 class Source:
     """A program with an address space of its own. A page moves only when no device uses it any more."""
 
@@ -58,8 +62,8 @@ class Source:
             try:
                 return method(request, timeout=self.PATIENCE)
             except grpc.RpcError as error:
-                # Nobody knows whether it arrived, and it does not matter.
-                if error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+                # It does not matter: the id says which call it is.
+                if error.code() not in UNDECIDED:
                     raise
 
     def _serve(self):

@@ -54,10 +54,11 @@ fn write_text(out: &mut impl Write, verdict: &Verdict) -> io::Result<()> {
     writeln!(
         out,
         "retries         {} calls were retried, {} of them had exactly one outcome ({} tries at most); {} \
-         results and {} refusals of replaced host agents",
+         were refused for want of room; {} results and {} refusals of replaced host agents",
         host.retried_calls,
         host.retried_with_one_outcome,
         host.most_tries,
+        host.refused_for_want_of_room,
         host.superseded_results,
         host.superseded_refusals + devices.refusals_of_replaced_host_agents
     )?;

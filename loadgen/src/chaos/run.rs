@@ -28,7 +28,7 @@ use super::process::{Process, ProcessError, Sockets, Start, start_device, start_
 use super::report;
 use super::shared::{Phase, Shared};
 use super::verdict::{Devices, Ended, LeftOut, Verdict};
-use super::vmm::{self, Shape, Vmm, VmmError};
+use super::vmm::{self, Before, Shape, Vmm, VmmError};
 use crate::check::table::TableError;
 
 /// How long a run takes that is not told.
@@ -196,7 +196,7 @@ impl Chaos {
         let vmm = Arc::new(Vmm::new(&places, shared, shape)?);
 
         let mut host = start_host_agent(args, &places, &sockets, Start::Alone)?;
-        vmm.on_host_started(&host);
+        vmm.on_host_started(&host, Before::Nothing);
         let mut tasks = JoinSet::new();
         let faults = vmm::serve(Arc::clone(&vmm));
         tasks.spawn(async move { Ok(faults.await.map(|()| Task::Faults)?) });

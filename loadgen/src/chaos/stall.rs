@@ -2,8 +2,9 @@
 //! that finds something to be slow has to tell of.
 
 use std::collections::{HashMap, VecDeque};
+use std::ffi::OsString;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -30,19 +31,13 @@ pub(crate) struct StallWatch {
 struct Seen {
     /// The longest that the watch itself woke up late.
     longest: Duration,
-    followed: Option<Followed>,
-    /// How long the processes that were followed had waited for a processor, all their threads together.
-    waited: Duration,
-    looks: VecDeque<(Moment, Duration)>,
+    followed: Option<PathBuf>,
+    /// The oldest first.
+    looks: VecDeque<(Moment, Waited)>,
 }
 
-/// A process, as `/proc/PID/task` tells of it.
-#[derive(Debug)]
-struct Followed {
-    tasks: PathBuf,
-    /// What each of its threads had waited at the last look.
-    threads: HashMap<std::ffi::OsString, Duration>,
-}
+/// How long each thread of a process has waited for a processor since it began.
+type Waited = HashMap<OsString, Duration>;
 
 impl StallWatch {
     pub(crate) fn start(clock: Clock) -> io::Result<Self> {
@@ -61,44 +56,57 @@ impl StallWatch {
 
     /// From now on it is this process whose waiting is looked at.
     pub(crate) fn follow(&self, pid: i32) {
-        let tasks = PathBuf::from(format!("/proc/{pid}/task"));
-        self.seen.lock().followed = Some(Followed { tasks, threads: HashMap::new() });
+        self.seen.lock().follow(PathBuf::from(format!("/proc/{pid}/task")));
     }
 
-    /// How long threads of the followed process waited for a processor between `from` and now: each thread counts,
-    /// and so does what came between `from` and the look before it, so it was not longer.
+    /// How long the thread of the followed process that waited longest for a processor did so between `from` and now.
+    /// It was at least as long: what came between `from` and the look after it is not known, and where threads waited
+    /// one after the other for the same thing only one of them counts.
     pub(crate) fn waited_since(&self, from: Moment) -> Duration {
         let mut seen = self.seen.lock();
         seen.look(self.clock.now());
-        let before = seen.looks.partition_point(|(at, _)| *at <= from);
-        let then = before.checked_sub(1).and_then(|last| seen.looks.get(last)).map(|(_, waited)| *waited);
-        seen.waited - then.unwrap_or_default()
+        seen.waited_since(from)
     }
 }
 
 impl Seen {
+    /// What was seen of the one before says nothing of this one.
+    fn follow(&mut self, tasks: PathBuf) {
+        self.followed = Some(tasks);
+        self.looks.clear();
+    }
+
     fn look(&mut self, now: Moment) {
-        self.waited += self.followed.as_mut().map_or(Duration::ZERO, Followed::waited_anew);
+        let Some(tasks) = &self.followed else { return };
+        let waited = waited(tasks);
         if self.looks.len() == LOOKS {
             self.looks.pop_front();
         }
-        self.looks.push_back((now, self.waited));
+        self.looks.push_back((now, waited));
+    }
+
+    fn waited_since(&self, from: Moment) -> Duration {
+        let first = self.looks.partition_point(|(at, _)| *at < from);
+        let (Some((_, then)), Some((_, now))) = (self.looks.get(first), self.looks.back()) else {
+            return Duration::ZERO;
+        };
+        // A thread that is new since then has waited since then.
+        let anew = |(thread, waited): (&OsString, &Duration)| {
+            waited.saturating_sub(then.get(thread).copied().unwrap_or_default())
+        };
+        now.iter().map(anew).max().unwrap_or_default()
     }
 }
 
-impl Followed {
-    /// Since the last look. What a thread waited between that and its end is not known any more.
-    fn waited_anew(&mut self) -> Duration {
-        let mut anew = Duration::ZERO;
+/// `/proc/PID/task`, as it is now.
+fn waited(tasks: &Path) -> Waited {
+    let threads = std::fs::read_dir(tasks).into_iter().flatten().flatten();
+    let waited = threads.filter_map(|thread| {
         // It may have ended.
-        for thread in std::fs::read_dir(&self.tasks).into_iter().flatten().flatten() {
-            let Ok(said) = std::fs::read_to_string(thread.path().join("schedstat")) else { continue };
-            let Some(waited) = run_delay(&said) else { continue };
-            let known = self.threads.insert(thread.file_name(), waited);
-            anew += waited.saturating_sub(known.unwrap_or_default());
-        }
-        anew
-    }
+        let said = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        Some((thread.file_name(), run_delay(&said)?))
+    });
+    waited.collect()
 }
 
 /// The second word of a `schedstat`: nanoseconds in which the thread could have run, and another did
@@ -148,40 +156,54 @@ mod tests {
         assert_eq!(watch.longest(), Duration::from_millis(699), "700 ms, of which it meant to sleep one");
     }
 
-    #[test]
-    fn what_a_process_waited_is_counted_from_a_moment_on_and_over_its_successors() {
-        let dir = tempfile::tempdir().unwrap();
-        let process = |name: &str, threads: &[(&str, u64)]| {
-            let tasks = dir.path().join(name);
-            for (thread, waited) in threads {
-                std::fs::create_dir_all(tasks.join(thread)).unwrap();
-                std::fs::write(tasks.join(thread).join("schedstat"), format!("7 {waited} 9\n")).unwrap();
-            }
-            Followed { tasks, threads: HashMap::new() }
-        };
-        let at = Moment::from_nanos;
-        let mut seen = Seen { followed: Some(process("first", &[("1", 100), ("2", 10)])), ..Seen::default() };
-        seen.look(at(1));
-        process("first", &[("1", 150), ("3", 5)]);
-        seen.look(at(2));
-        seen.followed = Some(process("second", &[("1", 1000)]));
-        seen.look(at(3));
-        seen.followed = Some(process("gone", &[]));
-        seen.look(at(4));
-        let waited: Vec<u128> = seen.looks.iter().map(|(_, waited)| waited.as_nanos()).collect();
-        assert_eq!(waited, [110, 165, 1165, 1165]);
+    /// A process whose threads have waited for so many nanoseconds.
+    fn process(tasks: &Path, threads: &[(&str, u64)]) {
+        for (thread, waited) in threads {
+            std::fs::create_dir_all(tasks.join(thread)).unwrap();
+            std::fs::write(tasks.join(thread).join("schedstat"), format!("7 {waited} 9\n")).unwrap();
+        }
+    }
 
-        let clock = Clock::from_fn(move || at(5));
-        let watch = StallWatch { clock, seen: Arc::new(Mutex::new(seen)) };
-        let since = |from| watch.waited_since(at(from)).as_nanos();
-        assert_eq!([since(0), since(1), since(2), since(3), since(9)], [1165, 1055, 1000, 0, 0]);
+    #[test]
+    fn the_thread_that_waited_longest_counts_from_the_look_after_a_moment_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = Moment::from_nanos;
+        let mut seen = Seen::default();
+        seen.follow(dir.path().to_owned());
+        process(dir.path(), &[("1", 1000), ("2", 10)]);
+        seen.look(at(10));
+        process(dir.path(), &[("1", 1050), ("2", 90), ("3", 5)]);
+        seen.look(at(20));
+        process(dir.path(), &[("1", 1051), ("2", 91), ("3", 65)]);
+        seen.look(at(30));
+        let since = |from| seen.waited_since(at(from)).as_nanos();
+        // What was waited before the first look is not known, and what was before the next one neither.
+        assert_eq!([since(0), since(10), since(11), since(20)], [81, 81, 60, 60]);
+        assert_eq!([since(21), since(31)], [0, 0]);
+    }
+
+    #[test]
+    fn nothing_is_known_of_a_process_from_before_it_was_followed_nor_of_the_one_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = Moment::from_nanos;
+        let mut seen = Seen::default();
+        seen.look(at(1));
+        assert_eq!(seen.waited_since(at(0)), Duration::ZERO, "nobody is followed");
+        seen.follow(dir.path().join("first"));
+        process(&dir.path().join("first"), &[("1", 100)]);
+        seen.look(at(2));
+        seen.follow(dir.path().join("second"));
+        process(&dir.path().join("second"), &[("1", 500)]);
+        seen.look(at(3));
+        assert_eq!(seen.waited_since(at(0)), Duration::ZERO);
+        seen.follow(dir.path().join("gone"));
+        seen.look(at(4));
+        assert_eq!(seen.waited_since(at(0)), Duration::ZERO);
     }
 
     #[test]
     fn the_kernel_tells_of_this_process() {
-        let mut own = Followed { tasks: "/proc/self/task".into(), threads: HashMap::new() };
-        own.waited_anew();
-        assert!(!own.threads.is_empty());
+        assert!(!waited(Path::new("/proc/self/task")).is_empty());
         assert_eq!(run_delay("12 345 6\n"), Some(Duration::from_nanos(345)));
         assert_eq!(run_delay("12"), None);
     }

@@ -13,6 +13,7 @@ use super::{Field, InjectError, TICK, between};
 use crate::chaos::plan::{Broken, FaultKind};
 use crate::chaos::process::{Process, Start, remove_journal, start_host_agent};
 use crate::chaos::shared::Status;
+use crate::chaos::vmm::Before;
 
 /// How long a host agent has to end when it is asked to, or finds that it was replaced.
 const END: Duration = Duration::from_secs(10);
@@ -79,7 +80,7 @@ impl Field {
         }
         let rounds = self.vmm.ledger.lock().rounds;
         *host = start_host_agent(&self.args, &self.places, &self.sockets, Start::Alone)?;
-        self.vmm.on_host_started(host);
+        self.vmm.on_host_started(host, Before::Nothing);
         Ok(rounds)
     }
 
@@ -124,7 +125,7 @@ impl Field {
         let mut old = std::mem::replace(host, successor);
         // What the old one says of its rounds is passed over from here on: whether it stands still is all the same.
         self.vmm.on_host_went_on();
-        self.vmm.on_host_started(host);
+        self.vmm.on_host_started(host, Before::Nothing);
         let over = self.a_round_is_over(rounds).await;
         old.go_on()?;
         if !over {
@@ -165,12 +166,14 @@ impl Field {
         let before = self.statuses()?;
         let rounds = self.vmm.ledger.lock().rounds;
         host.ask_to_end()?;
+        let mut ended = Before::PlannedEnd;
         if host.ended(END).await.is_none() {
             self.outcome(kind, "did not end");
             host.kill().await?;
+            ended = Before::Nothing;
         }
         *host = start_host_agent(&self.args, &self.places, &self.sockets, Start::Alone)?;
-        self.vmm.on_host_started(host);
+        self.vmm.on_host_started(host, ended);
         if !self.a_round_is_over(rounds).await {
             self.outcome(kind, "did not come back");
             return Ok(());

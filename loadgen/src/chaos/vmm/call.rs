@@ -5,6 +5,8 @@
 //!      ^    |   |
 //!      |    |   +-------> NOT_QUIESCED: AwaitRound, again and again
 //!      +----+ error, no such round, no such address space: the same id again
+//!           |
+//!           +-----------> no room for it: that is the outcome of this id, and another is taken
 //! ```
 
 use std::time::Duration;
@@ -28,38 +30,73 @@ const AWAIT: Duration = Duration::from_millis(500);
 /// One in so many calls is repeated although its outcome is known.
 const ASK_AGAIN: u32 = 8;
 
+/// What became of a try.
+enum Tried {
+    Told(RoundResult),
+    /// There was no room: an outcome.
+    Refused(Reason),
+    /// Nobody knows; try again.
+    Unknown,
+}
+
 impl Vmm {
-    /// Until no device uses the range any more.
+    /// Until no device uses the range any more. Each time that there is no room for the call it takes another id.
     pub(super) async fn quiesce(
+        &self,
+        request: &mut v1::InvalidateRangeStartRequest,
+        random: &mut SmallRng,
+    ) -> Result<RoundResult, VmmError> {
+        let name = request.request_id.clone();
+        let mut refusals = 0_u64;
+        loop {
+            if let Some(result) = self.call(request, random).await? {
+                return Ok(result);
+            }
+            refusals += 1;
+            request.request_id = format!("{name}-{refusals}");
+            tokio::time::sleep(BACKOFF).await;
+        }
+    }
+
+    /// The one outcome of the call; `None`: there was no room for it.
+    async fn call(
         &self,
         request: &v1::InvalidateRangeStartRequest,
         random: &mut SmallRng,
-    ) -> Result<RoundResult, VmmError> {
+    ) -> Result<Option<RoundResult>, VmmError> {
         let began = self.clock.now();
         let (mut tries, mut waiting, mut missed) = (0, None, false);
         let mut answers = Vec::new();
         loop {
             tries += u64::from(waiting.is_none());
-            let starts = self.host.lock().starts;
+            let life = self.host.lock().lives;
             let result = match self.one_try(request, waiting).await? {
-                Some(result) => result,
-                None => {
+                Tried::Told(result) => result,
+                Tried::Refused(reason) => {
+                    self.ledger.lock().refused_for_want_of_room += 1;
+                    self.ask_again_what_was_refused(request, reason, life).await?;
+                    return Ok(None);
+                }
+                Tried::Unknown => {
                     waiting = None;
                     tokio::time::sleep(BACKOFF).await;
                     continue;
                 }
             };
-            if waiting.is_none() {
-                answers.push((starts, result.seq));
+            // Of which life it is, is not known of an answer that came while another began.
+            if waiting.is_none() && self.host.lock().lives == life {
+                answers.push((life, result.seq));
             }
             match result.verdict() {
                 Verdict::Quiesced => {
                     self.on_quiesced(&result, began, tries);
                     self.ask_again(request, &result, &answers, tries, random).await?;
-                    return Ok(result);
+                    return Ok(Some(result));
                 }
                 // The break: who has not answered in time is taken for quiet.
-                Verdict::NotQuiesced if self.shape.rule == Some(Broken::TimeoutIsAck) => return Ok(result),
+                Verdict::NotQuiesced if self.shape.rule == Some(Broken::TimeoutIsAck) => {
+                    return Ok(Some(result));
+                }
                 Verdict::NotQuiesced => {
                     self.ledger.lock().not_quiesced_first += u64::from(!missed);
                     missed = true;
@@ -73,12 +110,11 @@ impl Vmm {
         }
     }
 
-    /// `None`: nobody knows what became of it; try again.
     async fn one_try(
         &self,
         request: &v1::InvalidateRangeStartRequest,
         waiting: Option<(u64, u64)>,
-    ) -> Result<Option<RoundResult>, VmmError> {
+    ) -> Result<Tried, VmmError> {
         let mut client = self.client.clone();
         let answer = async {
             match waiting {
@@ -98,13 +134,16 @@ impl Vmm {
             }
         };
         match tokio::time::timeout(self.shape.deadline + AWAIT + SLACK, answer).await {
-            Ok(Ok(Some(result))) => Ok(self.of_the_newest(result)),
+            Ok(Ok(Some(result))) => Ok(self.of_the_newest(result).map_or(Tried::Unknown, Tried::Told)),
             Ok(Ok(None)) => Err(VmmError::Refused {
                 call: "InvalidateRangeStart",
                 status: Box::new(tonic::Status::internal("there is no result in the answer")),
             }),
-            Ok(Err(status)) => self.may_be_tried_again("InvalidateRangeStart", status).map(|()| None),
-            Err(_) => Ok(None),
+            Ok(Err(status)) => match reason(&status) {
+                Some(no_room @ (Reason::RoundQuota | Reason::QuarantineFull)) => Ok(Tried::Refused(no_room)),
+                _ => self.may_be_tried_again("InvalidateRangeStart", status).map(|()| Tried::Unknown),
+            },
+            Err(_) => Ok(Tried::Unknown),
         }
     }
 
@@ -131,14 +170,8 @@ impl Vmm {
                 self.ledger.lock().superseded_refusals += 1;
                 Ok(())
             }
-            // Of a host agent that has just started, or stops, or has as much to do as it may.
-            Some(
-                Reason::AddressSpaceUnknown
-                | Reason::RoundUnknown
-                | Reason::Draining
-                | Reason::RoundQuota
-                | Reason::QuarantineFull,
-            ) => Ok(()),
+            // Of a host agent that has just started, or stops.
+            Some(Reason::AddressSpaceUnknown | Reason::RoundUnknown | Reason::Draining) => Ok(()),
             // Of the transport: it was reset, or nobody answers.
             None if status.code() != tonic::Code::Unimplemented => Ok(()),
             _ => Err(VmmError::Refused { call, status: Box::new(status) }),
@@ -148,13 +181,14 @@ impl Vmm {
     fn on_quiesced(&self, result: &RoundResult, began: Moment, tries: u64) {
         let now = self.clock.now();
         let elapsed = Duration::from_nanos(result.elapsed_ns);
-        // Of a call that was tried again nobody knows when between its first try and now its round was.
-        let most_ago = if tries > 1 { u64::MAX } else { result.elapsed_ns };
-        let from = Moment::from_nanos(now.as_nanos().saturating_sub(most_ago)).max(began);
-        let elapsed = elapsed.saturating_sub(self.stood_still(from, now));
+        // The round lies somewhere within the call. Of what happened meanwhile as much was outside of it as the call
+        // was longer, and all of that at the worst.
+        let outside = now.since(began).saturating_sub(elapsed);
+        let within = |excuse: Duration| excuse.saturating_sub(outside);
+        let elapsed = elapsed.saturating_sub(within(self.stood_still(began, now)));
         let is_long = elapsed > Duration::from_nanos(self.ledger.lock().longest_running_ns);
         // To ask costs more than most rounds do.
-        let waited = if is_long { self.stalls.waited_since(from) } else { Duration::ZERO };
+        let waited = if is_long { within(self.stalls.waited_since(began)) } else { Duration::ZERO };
         let mut ledger = self.ledger.lock();
         ledger.on_round(elapsed, waited);
         ledger.on_call(tries, now.since(began));
@@ -168,6 +202,27 @@ impl Vmm {
         }
     }
 
+    /// What there was no room for is never done, also when there is room.
+    async fn ask_again_what_was_refused(
+        &self,
+        request: &v1::InvalidateRangeStartRequest,
+        reason: Reason,
+        life: u64,
+    ) -> Result<(), VmmError> {
+        let again = self.one_try(request, None).await?;
+        let same = match again {
+            Tried::Told(_) => false,
+            Tried::Refused(again) => again == reason,
+            Tried::Unknown => return Ok(()),
+        };
+        // A host agent that has begun meanwhile does it anew: its bracket ends with the address space.
+        if !same && self.host.lock().lives == life {
+            self.ledger.lock().second_outcomes += 1;
+            self.found(&format!("request {} was refused, and is not any more", request.request_id))?;
+        }
+        Ok(())
+    }
+
     /// A call that was tried more than once had one round only, and it has the same outcome when it is
     /// asked for once more.
     async fn ask_again(
@@ -178,19 +233,33 @@ impl Vmm {
         tries: u64,
         random: &mut SmallRng,
     ) -> Result<(), VmmError> {
-        // Two answers of one host agent are of one round.
+        // Two answers of one life are of one round.
         let mut same = answers.windows(2).all(|pair| pair[0].0 != pair[1].0 || pair[0].1 == pair[1].1);
         if tries > 1 || random.random_range(0..ASK_AGAIN) == 0 {
-            let starts = self.host.lock().starts;
+            let life = self.host.lock().lives;
             let again = self.one_try(request, None).await?;
-            // A host agent that has started meanwhile does not know of it.
-            if let Some(again) =
-                again.filter(|_| self.host.lock().starts == starts && answered_by(answers, starts))
-            {
-                same &= again.verdict() == result.verdict() && again.seq == result.seq;
+            // One that has begun meanwhile does not know of it.
+            if self.host.lock().lives == life && answered_by(answers, life) {
+                match again {
+                    Tried::Told(again) => {
+                        same &= again.verdict() == result.verdict() && again.seq == result.seq;
+                    }
+
+                    Tried::Refused(_) => same = false,
+                    Tried::Unknown => return self.note_outcome(request, same, tries),
+                }
                 self.ledger.lock().asked_again += 1;
             }
         }
+        self.note_outcome(request, same, tries)
+    }
+
+    fn note_outcome(
+        &self,
+        request: &v1::InvalidateRangeStartRequest,
+        same: bool,
+        tries: u64,
+    ) -> Result<(), VmmError> {
         let mut ledger = self.ledger.lock();
         ledger.second_outcomes += u64::from(!same);
         ledger.retried_with_one_outcome += u64::from(tries > 1 && same);
@@ -202,7 +271,7 @@ impl Vmm {
     }
 }
 
-/// Whether the last answer is of the host agent that is asked again.
-fn answered_by(answers: &[(u64, u64)], starts: u64) -> bool {
-    answers.last().is_some_and(|(answered, _)| *answered == starts)
+/// Whether the last answer is of the life that is asked again.
+fn answered_by(answers: &[(u64, u64)], life: u64) -> bool {
+    answers.last().is_some_and(|(answered, _)| *answered == life)
 }

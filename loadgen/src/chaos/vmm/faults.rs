@@ -34,6 +34,8 @@ pub(crate) async fn serve(vmm: Arc<Vmm>) -> Result<(), VmmError> {
         loop {
             let known = *vmm.address_space.borrow() != 0;
             if !known || matches!(answer(&vmm).await?, Ended::Unknown) {
+                // Before it is registered: what is answered from then on is of another life.
+                vmm.on_forgotten();
                 register(&vmm).await?;
             }
             tokio::time::sleep(BACKOFF).await;

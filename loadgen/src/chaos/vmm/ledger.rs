@@ -14,7 +14,7 @@ pub(crate) struct Ledger {
     pub(crate) not_quiesced_first: u64,
     /// The longest, in nanoseconds, without the time for which the host agent itself was stopped.
     pub(crate) longest_round_ns: u64,
-    /// The longest without the time in which the host agent's threads waited for a processor, in nanoseconds.
+    /// The longest without the time in which one of the host agent's threads waited for a processor, in nanoseconds.
     pub(crate) longest_running_ns: u64,
     /// The longest that a caller waited for its outcome, whatever became of the host agent, in nanoseconds.
     pub(crate) longest_call_ns: u64,
@@ -36,6 +36,8 @@ pub(crate) struct Ledger {
     pub(crate) asked_again: u64,
     /// Calls with a second outcome that differs from the first.
     pub(crate) second_outcomes: u64,
+    /// Calls that there was no room for; each was made anew by another id.
+    pub(crate) refused_for_want_of_room: u64,
     /// Results of a host agent that had been replaced; nothing was released for them.
     pub(crate) superseded_results: u64,
     /// Answers of a host agent that it has been replaced.
@@ -51,7 +53,7 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// A round is over, during which the host agent waited for a processor for `waited`.
+    /// A round is over, during which one of the host agent's threads waited for a processor for `waited`.
     pub(super) fn on_round(&mut self, elapsed: Duration, waited: Duration) {
         self.rounds += 1;
         self.longest_round_ns = self.longest_round_ns.max(nanos(elapsed));
@@ -72,8 +74,8 @@ fn nanos(time: Duration) -> u64 {
 /// What the program knows of the host agents of its run.
 #[derive(Debug, Default)]
 pub(super) struct HostView {
-    /// How many were started.
-    pub(super) starts: u64,
+    /// How often one began that knows nothing of the calls before: not one that goes on where another ended as planned.
+    pub(super) lives: u64,
     /// The highest that was seen.
     pub(super) incarnation: u64,
     /// When one of them stood still.

@@ -96,6 +96,15 @@ pub(crate) struct Shape {
     pub(crate) rule: Option<Broken>,
 }
 
+/// What a host agent that is started knows of the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Before {
+    /// There was none, or it crashed, or was taken over from.
+    Nothing,
+    /// It goes on where that one stopped; if it does not know the address space either, it says so.
+    PlannedEnd,
+}
+
 /// What a host agent answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Probed {
@@ -148,10 +157,18 @@ impl Vmm {
         self.stop.cancel();
     }
 
-    /// A host agent was started: what it says is its own word.
-    pub(crate) fn on_host_started(&self, host: &Process) {
+    /// A host agent was started.
+    pub(crate) fn on_host_started(&self, host: &Process, after: Before) {
         self.stalls.follow(host.pid());
-        self.host.lock().starts += 1;
+        match after {
+            Before::Nothing => self.on_forgotten(),
+            Before::PlannedEnd => {}
+        }
+    }
+
+    /// The host agent knows nothing of the calls before.
+    fn on_forgotten(&self) {
+        self.host.lock().lives += 1;
     }
 
     /// A host agent stands still from now on, or goes on.

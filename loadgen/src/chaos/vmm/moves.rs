@@ -33,7 +33,7 @@ pub(crate) async fn run(vmm: Arc<Vmm>, mover: u64) -> Result<(), VmmError> {
         let pages = first..(first + random.random_range(1..=MOST_PAGES)).min(vmm.shape.pages);
         let Some(old) = vmm.memory.lock().clear(pages.clone()) else { continue };
         number += 1;
-        let request = v1::InvalidateRangeStartRequest {
+        let mut request = v1::InvalidateRangeStartRequest {
             address_space_id: *vmm.address_space.borrow(),
             range: Some(v1::AddressRange {
                 start: address_of(pages.start),
@@ -46,7 +46,7 @@ pub(crate) async fn run(vmm: Arc<Vmm>, mover: u64) -> Result<(), VmmError> {
             resident_pages: old.len() as u64,
             ..v1::InvalidateRangeStartRequest::default()
         };
-        let result = vmm.quiesce(&request, &mut random).await?;
+        let result = vmm.quiesce(&mut request, &mut random).await?;
         vmm.look_for_a_grace_period(&result, old.len())?;
         for held in old {
             vmm.move_page(held)?;

@@ -50,6 +50,13 @@ pub enum Command {
     /// Rounds against a host agent that is already running: open loop, latency from the intended send time
     Run(RoundsArgs),
     /// Faults into processes that run, while devices read and write memory that is freed and reused
+    ///
+    /// Needs no configuration: it starts a host agent and device agents of its own, in a temporary folder, and ends them.
+    /// As root, and with nft (Debian: package nftables), partitions between network namespaces are among the faults;
+    /// otherwise they are left out, and the report says so.
+    ///
+    /// Exit status: 0 when nothing was wrong, 1 when something was (with --break: when the broken rule was found), 2 for
+    /// a wrong command line, 70 when nothing was shown. docs/faults.md says more.
     Chaos(ChaosArgs),
     /// A process of `demo` or `check`
     #[command(name = crate::fleet::HOST_AGENT, hide = true)]

@@ -37,7 +37,8 @@ use tonic::transport::{Channel, Endpoint};
 use crate::config::StateConfig;
 use crate::handover;
 use crate::host::{Host, HostConfig};
-use crate::journal::{JournalError, Writer};
+pub use crate::journal::Medium;
+use crate::journal::{Disk, JournalError, Writer};
 use crate::listen::Peer;
 use crate::restart::Restart;
 use crate::serve::{self, Router};
@@ -60,8 +61,21 @@ use crate::watchdog;
 ///
 /// # Errors
 /// [`JournalError`]: nothing was started.
-pub fn restarted(mut config: HostConfig, control: Handle, state: StateConfig) -> Result<Host, JournalError> {
-    let (restart, history) = start::remember(Some(state), Writer::Caller, &mut config)?;
+pub fn restarted(config: HostConfig, control: Handle, state: StateConfig) -> Result<Host, JournalError> {
+    restarted_on(Arc::new(Disk), config, control, state)
+}
+
+/// The same, where what survives a power loss is the embedding program's to say.
+///
+/// # Errors
+/// As [`restarted`].
+pub fn restarted_on(
+    medium: Arc<dyn Medium>,
+    mut config: HostConfig,
+    control: Handle,
+    state: StateConfig,
+) -> Result<Host, JournalError> {
+    let (restart, history) = start::remember(Some(state), Writer::Caller, medium, &mut config)?;
     let host = Host::restarted(config, control, restart);
     // Before anybody can register, subscribe or ask.
     Restart::bring_back(&host, history);

@@ -20,7 +20,7 @@ use crate::config::{Config, StateConfig};
 use crate::connections::Connections;
 use crate::handover;
 use crate::host::{Host, HostConfig};
-use crate::journal::{self, BootMoment, History, Journal, JournalError, Takeover, Writer};
+use crate::journal::{self, BootMoment, Disk, History, Journal, JournalError, Medium, Takeover, Writer};
 use crate::listen::{Accepted, Acceptor, Connection, Leave, ListenAddr, Listener};
 use crate::restart::{Loss, Restart};
 use crate::serve::{self, MOST_PAGE_BYTES};
@@ -151,7 +151,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     let stop_on_drop = stop.clone().drop_guard();
 
     // After the sockets, which fail more often: what a planned end left is good for one run.
-    let (restart, history) = remember(state, Writer::Thread, &mut host)?;
+    let (restart, history) = remember(state, Writer::Thread, Arc::new(Disk), &mut host)?;
     let host = Host::restarted(host, control.handle.clone(), restart);
     // Before anybody can register, subscribe or ask.
     Restart::bring_back(&host, history);
@@ -224,11 +224,12 @@ fn takeover(state: Option<&StateConfig>) -> Result<Takeover, JournalError> {
 pub(crate) fn remember(
     state: Option<StateConfig>,
     writer: Writer,
+    medium: Arc<dyn Medium>,
     host: &mut HostConfig,
 ) -> Result<(Restart, History), JournalError> {
     let Some(StateConfig { dir, takeover }) = state else { return Ok((Restart::none(), History::default())) };
     let now = || BootMoment { boot_id: Clock::id(), at: host.clock.now() };
-    let opened = Journal::open(&dir, takeover, writer, host.incarnation, host.session.lease, now)?;
+    let opened = Journal::open(medium, &dir, takeover, writer, host.incarnation, host.session.lease, now)?;
     host.incarnation = opened.run.incarnation;
     Ok(Restart::on(opened))
 }

@@ -199,10 +199,21 @@ found! {
     restart_grace: "RestartGrace",
     isolation: "Isolation",
     no_self_wait: "NoSelfWait",
+    somebody_can_go_on: "SomebodyCanGoOn",
     bounded_resolution: "BoundedResolution",
     young_is_conservative: "YoungIsConservative",
     range_over_approximates: "RangeOverApproximates",
     seq_compare: "SeqCompare",
+}
+
+/// Who waits there in a circle is no round, so that nothing but [`waits::somebody_can_go_on`] sees it.
+#[test]
+fn a_bracket_that_waits_for_its_fault_is_no_round_that_waits_for_itself() {
+    let (wrong, property) = (Mutation::EndWaitsForFault, "NoSelfWait");
+    let model = Shootdown::new(config::BREAK, Some(wrong), Some(property));
+    let checker = model.checker().threads(THREADS).spawn_bfs().join();
+    checker.assert_no_discovery(property);
+    assert!(checker.is_done());
 }
 
 #[test]

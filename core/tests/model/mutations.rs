@@ -87,6 +87,8 @@ pub(crate) enum Mutation {
     AcksWaitForFault,
     /// A device flushes nothing while it waits for the answer to a fault.
     FlushWaitsForFault,
+    /// The source ends a bracket when nobody faults in its range any more: the fault that it copied a page for among them.
+    EndWaitsForFault,
     /// A session's task reads no acks while it waits until no round counts on the session.
     AcksWaitForGracePeriod,
     /// Heartbeats renew the lease of a session that owes an ack.
@@ -108,7 +110,7 @@ pub(crate) enum Mutation {
 }
 
 /// Each mutation, the property that finds it, and the configuration in which it does.
-pub(crate) const MUTATIONS: [(Mutation, &str, Config); 58] = [
+pub(crate) const MUTATIONS: [(Mutation, &str, Config); 59] = [
     (Mutation::DeadlineReleases, "NoFreeBeforeQuiesce", ROUND),
     (Mutation::AckBeforeFlush, "AckMeansStopped", ROUND),
     (Mutation::AckBeforeFlush, "NoStaleUse", ROUND),
@@ -156,6 +158,7 @@ pub(crate) const MUTATIONS: [(Mutation, &str, Config); 58] = [
     (Mutation::AcksWaitForFault, "NoSelfWait", BREAK),
     (Mutation::FlushWaitsForFault, "NoSelfWait", BREAK),
     (Mutation::AcksWaitForGracePeriod, "NoSelfWait", JOIN),
+    (Mutation::EndWaitsForFault, "SomebodyCanGoOn", BREAK),
     (Mutation::SuspectRenewed, "BoundedResolution", LEASE),
     (Mutation::ResumeRenewsLease, "BoundedResolution", RECONNECT),
     (Mutation::SecondAckWithoutYoung, "YoungIsConservative", RESUME),

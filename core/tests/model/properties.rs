@@ -19,7 +19,7 @@ use crate::{ranges, sequences, waits};
 pub(crate) type Condition = fn(&Shootdown, &State) -> bool;
 
 /// What holds in every state.
-pub(crate) const ALWAYS: [(&str, Condition); 23] = [
+pub(crate) const ALWAYS: [(&str, Condition); 24] = [
     ("NoStaleUse", no_stale_use),
     ("NoFreeBeforeQuiesce", no_free_before_quiesce),
     ("AckMeansStopped", ack_means_stopped),
@@ -39,6 +39,7 @@ pub(crate) const ALWAYS: [(&str, Condition); 23] = [
     ("RestartGrace", |_, state| !state.ghost.acted_in_grace),
     ("Isolation", isolation),
     ("NoSelfWait", waits::no_self_wait),
+    ("SomebodyCanGoOn", waits::somebody_can_go_on),
     ("BoundedResolution", bounded_resolution),
     ("YoungIsConservative", young_is_conservative),
     ("RangeOverApproximates", ranges::range_over_approximates),

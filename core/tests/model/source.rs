@@ -2,6 +2,7 @@
 
 use crate::mutations::Mutation;
 use crate::state::{CallState, Called, Host, Page, REFUSED};
+use crate::waits::fault_waits_for_end_of;
 use crate::world::World;
 
 impl World<'_> {
@@ -109,11 +110,15 @@ impl World<'_> {
     /// `invalidate_range_end`. After NOT_QUIESCED the page gets a new frame, the old one stays parked.
     pub(crate) fn end(&mut self, called: u8) -> Option<()> {
         let forgotten = self.broken(Mutation::ParkedEndForgotten);
+        let waits_for_fault = self.broken(Mutation::EndWaitsForFault);
         let at = self.registered()?;
         let host = &mut self.state.hosts[at];
         let source = &mut self.state.source;
         let call = &mut source.events[usize::from(called)];
         if call.bracket_ended || call.state == CallState::Waiting || call.registration != host.registration {
+            return None;
+        }
+        if waits_for_fault && fault_waits_for_end_of(host, called) {
             return None;
         }
         call.bracket_ended = true;

@@ -7,6 +7,8 @@
 //!       |                                          x                     x   not in the right model
 //!       |                                          v                     v
 //!   bracket of e  <----------------------  fault of the session, grace period of a leaver
+//!       |                                          ^
+//!       +-----------------  x  --------------------+
 //! ```
 
 use stateright::Model;
@@ -104,9 +106,8 @@ impl World<'_> {
     }
 }
 
-/// No round waits for itself, by way of acks that wait for faults or leavers which wait for rounds. And lest that
-/// relation leave somebody out: where a fault or a leaver waits, somebody can go on, though time stands still.
-pub(crate) fn no_self_wait(model: &Shootdown, state: &State) -> bool {
+/// No round waits for itself, by way of acks that wait for faults or leavers which wait for rounds.
+pub(crate) fn no_self_wait(_: &Shootdown, state: &State) -> bool {
     state.hosts.iter().all(|host| {
         let mut waits = [0; Set::BITS as usize];
         for open in &host.rounds {
@@ -122,8 +123,19 @@ pub(crate) fn no_self_wait(model: &Shootdown, state: &State) -> bool {
             }
         }
         host.rounds.iter().all(|open| waits[usize::from(open.event)] >> open.event & 1 == 0)
-            && (!host.sessions.iter().any(waits_for_a_round) || somebody_can_go_on(model, state))
     })
+}
+
+/// Lest that relation leave somebody out: where a fault or a leaver waits, somebody can go on, though time stands still.
+/// What waits in a circle need be neither a round nor an ack.
+pub(crate) fn somebody_can_go_on(model: &Shootdown, state: &State) -> bool {
+    let waits = |host: &Host| host.sessions.iter().any(waits_for_a_round);
+    let can_go_on = || {
+        let mut actions = Vec::new();
+        model.actions(state, &mut actions);
+        actions.into_iter().any(|action| model.next_state(state, action).is_some())
+    };
+    !state.hosts.iter().any(waits) || can_go_on()
 }
 
 fn waits_for_a_round(session: &Session) -> bool {
@@ -150,6 +162,11 @@ fn rounds_before_the_end(state: &State, event: u8) -> Set {
     if call.state == CallState::Waiting { 1 << event } else { 0 }
 }
 
+/// Whether a fault waits for the end of that event's bracket.
+pub(crate) fn fault_waits_for_end_of(host: &Host, event: u8) -> bool {
+    host.sessions.iter().any(|session| session.fault.is_some_and(|fault| fault.event == event))
+}
+
 /// Whether a fault waits for a round that waits for the ack of the very session.
 pub(crate) fn fault_waits_for_its_own_session(state: &State) -> bool {
     state.hosts.iter().any(|host| {
@@ -158,10 +175,4 @@ pub(crate) fn fault_waits_for_its_own_session(state: &State) -> bool {
             session.fault.is_some_and(|fault| rounds.any(|open| open.event == fault.event))
         })
     })
-}
-
-fn somebody_can_go_on(model: &Shootdown, state: &State) -> bool {
-    let mut actions = Vec::new();
-    model.actions(state, &mut actions);
-    actions.into_iter().any(|action| model.next_state(state, action).is_some())
 }

@@ -22,6 +22,9 @@ const LOOK: Duration = millis(15);
 /// What it takes to cut a device off by hand.
 const BY_HAND: Duration = millis(2);
 
+/// The device of a session whose record is torn.
+const UNNAMED: &str = "unnamed:torn-journal";
+
 /// How long after the faults it may take until a device that nobody else can stop is cut off.
 pub const PATIENCE: Duration = millis(200);
 
@@ -35,17 +38,15 @@ pub async fn run(shared: Arc<Shared>, run: u64) -> turmoil::Result {
         tokio::time::sleep(LOOK).await;
         let listed = admin.list_sessions(v1::ListSessionsRequest::default()).await?.into_inner();
         for session in listed.sessions.iter().filter(|session| is_stuck(session)) {
-            let device = device::index(&session.device_id);
-            if shared.plan.cut_off_by(device) != Some(CutOffBy::Administrator) {
-                continue;
-            }
+            let Some(may_be) = may_be_of(&shared, session, &listed.sessions) else { continue };
             let until = *stuck
                 .entry(session.session_id)
                 .or_insert_with(|| virtual_now() + millis(rng.random_range(20..600)));
             // When all else is well, nobody is waited for.
             if virtual_now() >= until || shared.stage.get() > Stage::Storm {
-                let of = DeviceRun { device, start: session.device_incarnation };
-                shared.fabric.cut_off(of, CutOffBy::Administrator, &shared.trace);
+                for run in may_be {
+                    shared.fabric.cut_off(run, CutOffBy::Administrator, &shared.trace);
+                }
                 tokio::time::sleep(BY_HAND).await;
                 let word = v1::EvictSessionRequest { session_id: session.session_id, is_cut_off: true };
                 // It may be over by now.
@@ -53,6 +54,34 @@ pub async fn run(shared: Arc<Shared>, run: u64) -> turmoil::Result {
             }
         }
     }
+}
+
+/// What must be cut off before the session can be said to be over; `None`: that is somebody else's to say.
+///
+/// Whose session a torn record was nobody knows: it may be that of each device that enforces no lease and has not come
+/// back since.
+fn may_be_of(shared: &Shared, session: &v1::Session, listed: &[v1::Session]) -> Option<Vec<DeviceRun>> {
+    if session.device_id != UNNAMED {
+        let device = device::index(&session.device_id);
+        let is_ours = shared.plan.cut_off_by(device) == Some(CutOffBy::Administrator);
+        let run = DeviceRun { device, start: session.device_incarnation };
+        return is_ours.then(|| vec![run]);
+    }
+    if session.enforces_lease {
+        return None;
+    }
+    let unstoppable =
+        shared.plan.devices.iter().filter(|device| shared.plan.cut_off_by(device.index).is_some());
+    let runs =
+        unstoppable.map(|device| DeviceRun { device: device.index, start: shared.starts_of(device.index) });
+    let has_come_back = |run: &DeviceRun| {
+        listed.iter().any(|other| {
+            other.phase() == v1::SessionPhase::Live
+                && other.device_id == device::name(run.device)
+                && other.device_incarnation == run.start
+        })
+    };
+    Some(runs.filter(|run| !has_come_back(run)).collect())
 }
 
 /// Its stream is gone, or it owes an ack, and its lease is over.

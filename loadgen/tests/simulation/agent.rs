@@ -31,7 +31,7 @@ use crate::plan::{Broken, Caller, DevicePlan, millis};
 use crate::shared::{Shared, Stage};
 use crate::sockets::Socket;
 use crate::source::{Ended, Source};
-use crate::trace::{CutOffBy, What};
+use crate::trace::What;
 
 /// Where the host agent listens for administrators.
 const ADMIN_PORT: u16 = 7401;
@@ -71,11 +71,24 @@ async fn live(shared: Arc<Shared>, index: usize) -> turmoil::Result {
         for entry in std::fs::read_dir(shared.state.path())? {
             std::fs::remove_file(entry?.path())?;
         }
+        shared.disk.take_for_synced();
     }
     // The one before has the journal's lock, if it is there: a lock is of an open file, not of a process.
     let takeover = if index == 0 { Takeover::Never } else { Takeover::IfHeld };
     let state = StateConfig { dir: state_dir(&shared, index)?, takeover };
-    let host = embed::restarted(config(&shared), tokio::runtime::Handle::current(), state)?;
+    let (config, control) = (config(&shared), tokio::runtime::Handle::current());
+    let restarted = match state.dir == shared.state.path() {
+        true => embed::restarted_on(Arc::clone(&shared.disk) as _, config, control, state),
+        false => embed::restarted(config, control, state),
+    };
+    if restarted.is_err() && shared.disk.is_off() {
+        // Whoever finds that out is gone with the power.
+        std::future::pending::<()>().await;
+    }
+    let host = restarted?;
+    if shared.plan.broken == Broken::SessionsNotSynced {
+        shared.disk.lie();
+    }
     let incarnation = host.incarnation().get();
     shared.trace.record(What::AgentStarted { incarnation });
     let stop = CancellationToken::new();
@@ -137,9 +150,9 @@ async fn live(shared: Arc<Shared>, index: usize) -> turmoil::Result {
 
 /// The administrator, where there is work for one.
 async fn administrate(shared: Arc<Shared>, run: u64, stop: CancellationToken) {
-    let plan = &shared.plan;
-    let by_hand = |device: &DevicePlan| plan.cut_off_by(device.index) == Some(CutOffBy::Administrator);
-    if plan.devices.iter().any(by_hand) {
+    // By hand, where there is no fencer for it; or a power loss has left a record that may be of any of them.
+    let is_unstoppable = |device: &DevicePlan| shared.plan.cut_off_by(device.index).is_some();
+    if shared.plan.devices.iter().any(is_unstoppable) {
         tokio::select! {
             biased;
             // First: there is nothing to administer any more.

@@ -43,7 +43,8 @@ pub enum Fault {
     /// The host agent stops without a word, and the calls of its source with it; the kernel of its machine
     /// still closes its sockets. Its next run finds its journal.
     AgentCrash,
-    /// The same, and nobody closes anything.
+    /// The same of its machine: nobody closes anything, and of what was written to the disk only what was synced is
+    /// there for sure. It may go in the middle of a write.
     AgentPowerLoss,
     /// The host agent stops as planned, and its successor goes on.
     Handover,

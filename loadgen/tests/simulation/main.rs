@@ -16,11 +16,13 @@ mod clock;
 mod world;
 mod level;
 mod process;
+mod disk;
 mod shared;
 mod sockets;
 mod agent;
 mod administrator;
 mod memory;
+mod calls;
 mod source;
 mod link;
 mod remote;
@@ -182,6 +184,10 @@ const KINDS: &[&str] = &[
     "Registered",
     "Taken",
     "Announced",
+    "PowerInWrite lost by a disk",
+    "Name lost by a disk",
+    "Removal lost by a disk",
+    "Tail lost by a disk",
     "an ack during the fault that waits for it",
     "nothing was used",
 ];
@@ -243,6 +249,7 @@ fn kinds(event: &Event) -> Vec<String> {
             vec!["not confirmed by the fencer".to_owned()]
         }
         What::FencerAsked { reply, .. } => vec![format!("{reply:?} by the fencer")],
+        What::DiskLost(lost) => vec![format!("{lost:?} lost by a disk")],
         What::ReadRefused { reason, .. } => vec![format!("refused {reason}")],
         What::CutOff { by, .. } => vec![format!("cut off by {by:?}")],
         What::Mapped { frame, .. } if frame.generation > 0 => vec!["replaced".to_owned()],
@@ -291,6 +298,11 @@ fn a_use_that_goes_on_past_its_lease_is_found() {
 #[test]
 fn a_host_agent_that_has_forgotten_its_devices_is_found() {
     assert_eq!(found(Broken::JournalLost, "RestartGrace"), Ok(()));
+}
+
+#[test]
+fn a_welcome_before_its_session_is_synced_is_found() {
+    assert_eq!(found(Broken::SessionsNotSynced, "RestartGrace"), Ok(()));
 }
 
 #[test]

@@ -13,6 +13,9 @@ use crate::plan::millis;
 use crate::shared::Shared;
 use crate::trace::What;
 
+/// Each run of the host agent numbers what it names from a block of its own.
+pub const NUMBERS_OF_A_RUN: u64 = 1 << 40;
+
 /// One round: the run of the host agent, its address space, its sequence.
 pub type Name = (u64, u64, u64);
 
@@ -91,7 +94,6 @@ async fn until_resolved(shared: Arc<Shared>, host: Host, space: AddressSpaceId, 
 
 /// The sequence after the last that was seen, or the first of a run: each numbers from a block of its own.
 fn candidates(shared: &Shared, space: u64) -> BTreeSet<u64> {
-    const NUMBERS_OF_A_RUN: u64 = 1 << 40;
     let next = shared.seen.lock().next.get(&space).copied().unwrap_or(1);
     let of_runs = (0..shared.starts_of_agent()).map(|run| run * NUMBERS_OF_A_RUN + 2);
     of_runs.chain([next]).filter(|candidate| *candidate >= next).collect()

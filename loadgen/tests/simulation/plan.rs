@@ -114,6 +114,8 @@ pub enum Broken {
     AckBeforeUsesEnded,
     /// The host agent's state directory is emptied before it starts again.
     JournalLost,
+    /// What the host agent writes to its journal once it has taken it is not synced: its devices' sessions.
+    SessionsNotSynced,
     /// A device does not flush what it is told to after it has resumed its session.
     ResumeSkipsFlush,
     /// A device goes on with the translations of the session that it has lost.
@@ -196,10 +198,14 @@ impl Plan {
 
     /// How long it takes at most, when all else is well, until somebody has cut such a device off.
     pub fn cut_off_bound(&self) -> Duration {
+        let by_hand = administrator::PATIENCE;
         let bound = |device: &DevicePlan| match self.cut_off_by(device.index) {
             None => Duration::ZERO,
-            Some(CutOffBy::Fencer) => self.fencer.as_ref().map_or(Duration::ZERO, FencerPlan::patience),
-            Some(CutOffBy::Administrator) => administrator::PATIENCE,
+            // Or by hand, where nobody knows whom to cut off.
+            Some(CutOffBy::Fencer) => {
+                self.fencer.as_ref().map_or(Duration::ZERO, FencerPlan::patience).max(by_hand)
+            }
+            Some(CutOffBy::Administrator) => by_hand,
         };
         self.devices.iter().map(bound).max().unwrap_or_default()
     }

@@ -50,6 +50,8 @@ struct Stopped {
     is_stopped: bool,
     /// It goes on, for good.
     is_over: bool,
+    /// Its machine has no power: it does not go on, and nobody notices.
+    is_dark: bool,
     /// Who goes on with it, in the order in which they came.
     waiting: Vec<Waker>,
 }
@@ -70,10 +72,20 @@ impl Standstill {
         waiting.into_iter().for_each(Waker::wake);
     }
 
+    /// The power of its machine goes.
+    pub fn darken(&self) {
+        self.0.lock().is_dark = true;
+    }
+
+    /// The power returns, for who is started then.
+    pub fn light(&self) {
+        self.0.lock().is_dark = false;
+    }
+
     /// Ready while it runs.
     pub fn poll(&self, cx: &Context<'_>) -> Poll<()> {
         let mut stopped = self.0.lock();
-        if !stopped.is_stopped {
+        if !stopped.is_stopped && !stopped.is_dark {
             return Poll::Ready(());
         }
         if !stopped.waiting.iter().any(|waker| waker.will_wake(cx.waker())) {

@@ -1,6 +1,7 @@
 //! What the actors of one world share besides the network: the world is one process.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rand::SeedableRng as _;
@@ -10,6 +11,7 @@ use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::SkewedClock;
+use crate::disk::Disk;
 use crate::fabric::Fabric;
 use crate::level::Level;
 use crate::memory::Memory;
@@ -44,6 +46,8 @@ pub struct Shared {
     cuts: Mutex<Vec<CancellationToken>>,
     /// The host agent's state directory: what outlives it.
     pub state: TempDir,
+    /// What it is on.
+    pub disk: Arc<Disk>,
     /// How often the host agent was started.
     runs: Mutex<u64>,
     /// The host agent's processes: the first, and the one that may take over from it.
@@ -83,8 +87,13 @@ struct Watched {
 impl Shared {
     pub fn new(plan: Plan) -> Self {
         let devices = plan.devices.len();
+        let (trace, agents) = (Trace::default(), <[Process; 2]>::default());
+        // On memory, where there is such a thing: a disk's syncs would be most of what a world costs.
+        let state = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        let on_it = agents.iter().map(|process| Arc::clone(&process.standstill)).collect();
+        let disk = Disk::new(state.path(), on_it, trace.clone(), rng_of(&plan, 8000));
         Self {
-            trace: Trace::default(),
+            trace,
             memory: Mutex::default(),
             fabric: Fabric::default(),
             lenient: Mutex::default(),
@@ -98,10 +107,10 @@ impl Shared {
             // One more than there are devices: the source's.
             connections: Mutex::new(vec![0; devices + 1]),
             cuts: Mutex::new((0..=devices).map(|_| CancellationToken::new()).collect()),
-            // On memory, where there is such a thing: a disk's syncs would be most of what a world costs.
-            state: tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap(),
+            state,
+            disk: Arc::new(disk),
             runs: Mutex::default(),
-            agents: Default::default(),
+            agents,
             newest: Level::new(0),
             takeovers_asked: Level::new(0),
             seen: Mutex::default(),
@@ -112,7 +121,7 @@ impl Shared {
 
     /// Numbers that depend on the seed and on who draws them, not on who drew before.
     pub fn rng(&self, who: u64) -> StdRng {
-        StdRng::seed_from_u64(self.plan.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ who)
+        rng_of(&self.plan, who)
     }
 
     /// The number of this start of a device, from 1.
@@ -120,6 +129,11 @@ impl Shared {
         let mut starts = self.starts.lock();
         starts[device] += 1;
         starts[device]
+    }
+
+    /// The number of its last start.
+    pub fn starts_of(&self, device: usize) -> u64 {
+        self.starts.lock()[device]
     }
 
     /// The number of this start of the host agent, from 1.
@@ -181,4 +195,8 @@ impl Shared {
     pub fn is_past(&self, stage: Stage) -> bool {
         self.stage.get() > stage
     }
+}
+
+fn rng_of(plan: &Plan, who: u64) -> StdRng {
+    StdRng::seed_from_u64(plan.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ who)
 }

@@ -5,8 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use rand::RngExt as _;
-use rand::rngs::StdRng;
 use shootdown_core::{AddrRange, AddressSpaceId, Cause, Moment, Seq, Translation};
 use shootdown_server::Host;
 use shootdown_server::source::{
@@ -16,22 +14,17 @@ use shootdown_server::source::{
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use crate::calls::{Calls, Drawn, MOST_CALLS, SPACES};
 use crate::memory::{Migration, PAGE, PAGES, Tables, range_of};
 use crate::plan::{Broken, millis};
 use crate::shared::{Shared, Stage};
-use crate::trace::{Answer, Called, CutOffBy, Frame, Op, Outcome, Pages, Patience, Target, Verdict, What};
-
-/// Address spaces at a time.
-const SPACES: usize = 2;
-
-/// Calls of the source in flight at a time.
-const MOST_CALLS: usize = 12;
+use crate::trace::{Answer, Called, CutOffBy, Frame, Op, Outcome, Pages, Target, Verdict, What};
 
 #[derive(Clone)]
 pub struct Source {
     shared: Arc<Shared>,
     host: Host,
-    rng: Arc<Mutex<StdRng>>,
+    calls: Calls,
     /// Which run of the host agent it calls.
     run: u64,
     /// How often it had been asked to stop when it began.
@@ -50,10 +43,10 @@ pub enum Ended {
 impl Source {
     /// And what its page tables ask it for.
     pub fn new(shared: Arc<Shared>, host: Host, run: u64) -> (Self, mpsc::Receiver<Migration>) {
-        let rng = Arc::new(Mutex::new(shared.rng(1 + (run << 32))));
+        let calls = Calls::new(Arc::clone(&shared), 1 + (run << 32));
         let asked_before = shared.agents[0].handovers_asked.get();
         let (migrations, asked_for) = mpsc::channel(MOST_CALLS);
-        (Self { shared, host, rng, run, asked_before, migrations }, asked_for)
+        (Self { shared, host, calls, run, asked_before, migrations }, asked_for)
     }
 
     /// Calls until the storm is over, or the host agent is about to stop, and returns when every call has come
@@ -152,21 +145,14 @@ impl Source {
     }
 
     fn draw(&self, range: Range<u64>) -> u64 {
-        if range.is_empty() { range.start } else { self.rng.lock().random_range(range) }
+        self.calls.draw(range)
     }
 
     /// One call, drawn at random.
     async fn call(self) {
-        let spaces = self.shared.memory.lock().live_spaces();
-        let Some(space) = spaces.get(self.draw(0..spaces.len() as u64) as usize).copied() else { return };
-        let page = self.draw(0..PAGES);
-        let end = self.draw(page + 1..PAGES + 1);
-        let wait = match self.draw(0..6) {
-            0 => Wait::AtMost(millis(self.draw(0..self.shared.plan.ack_timeout.as_millis() as u64))),
-            1 => Wait::AtMost(self.shared.plan.ack_timeout * 2),
-            _ => Wait::ForTargets,
-        };
-        match self.draw(0..40) {
+        let Some(space) = self.calls.draw_space() else { return };
+        let Drawn { page, end, wait, which } = self.calls.draw_call();
+        match which {
             0..14 => self.unmap_page(space, page, wait).await,
             14..24 => self.unmap_range(space, page..end, wait).await,
             24..29 => self.change_pte(space, page, wait).await,
@@ -197,7 +183,7 @@ impl Source {
             let frames = self.shared.memory.lock().take(space, pages);
             tokio::time::sleep(millis(self.draw(0..4))).await;
             self.end(op, space, seq);
-            self.free_if(quiesced, op, space, frames);
+            self.calls.free_if(quiesced, op, space, frames);
         } else {
             // The caller does not wait any longer; what it unmapped stays parked.
             let frames = self.shared.memory.lock().take(space, pages);
@@ -217,7 +203,7 @@ impl Source {
         let frames = self.shared.memory.lock().take(space, pages);
         tokio::time::sleep(millis(self.draw(0..4))).await;
         self.end(op, space, started.seq.expect("it was not refused"));
-        self.free_if(started.is_quiesced(), op, space, frames);
+        self.calls.free_if(started.is_quiesced(), op, space, frames);
     }
 
     /// `replace_page`, as KSM does it.
@@ -312,14 +298,7 @@ impl Source {
     }
 
     fn begin(&self, space: u64, pages: Range<u64>, called: Called, wait: Wait) -> Op {
-        let op = self.shared.trace.next_op();
-        let patience = match wait {
-            Wait::ForTargets => Patience::Unlimited,
-            Wait::AtMost(limit) => Patience::AtMost(limit),
-            Wait::NotAtAll => Patience::None,
-        };
-        self.shared.trace.record(What::Call { op, called, pages: Pages { space, pages }, patience });
-        op
+        self.calls.begin(Pages { space, pages }, called, wait)
     }
 
     fn note(&self, op: Op, told: Result<RoundResult, NotifyError>) -> Result<RoundResult, NotifyError> {
@@ -349,7 +328,7 @@ impl Source {
             Ok(result) => self.wait_on(op, space, result).await,
             Err(_) => false,
         };
-        self.free_if(quiesced, op, space, frames);
+        self.calls.free_if(quiesced, op, space, frames);
     }
 
     /// Whether the round is quiesced, after as long as it takes. `false`: its address space was released.
@@ -365,15 +344,6 @@ impl Source {
             }
         }
         true
-    }
-
-    fn free_if(&self, quiesced: bool, op: Op, space: u64, frames: Vec<Frame>) {
-        let mut memory = self.shared.memory.lock();
-        if quiesced {
-            memory.free(op, frames, &self.shared.trace);
-        } else {
-            memory.orphan(space, frames, &self.shared.trace);
-        }
     }
 
     fn answer(&self, result: &RoundResult) -> Answer {

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rand::RngExt as _;
+use rand::rngs::StdRng;
 use turmoil::Sim;
 
 use crate::agent;
@@ -109,6 +111,11 @@ struct Weather<'a> {
     old_is_gone: bool,
     /// Planned ends of the host agent that were seen.
     handovers: u64,
+    /// When the power of its machine goes at the latest: it may go in the middle of a write before.
+    power_goes: Option<Duration>,
+    /// When it comes back, to go again.
+    power_flickers: Option<Duration>,
+    rng: StdRng,
 }
 
 /// The host agent's.
@@ -133,6 +140,9 @@ impl<'a> Weather<'a> {
             current: 0,
             old_is_gone: false,
             handovers: 0,
+            power_goes: None,
+            power_flickers: None,
+            rng: shared.rng(7000),
         }
     }
 
@@ -153,9 +163,18 @@ impl<'a> Weather<'a> {
             let is_over = planned.fault.is_of_agent() && self.agent != Process::Up;
             if !interferes && !is_over {
                 self.tell("begin of", planned.fault);
-                self.strike(sim, planned.fault);
+                self.strike(sim, now, &planned);
                 self.going_on.push((now + planned.lasts, planned.fault));
             }
+        }
+        if self.power_goes.is_some_and(|latest| latest <= now || self.shared.disk.is_off()) {
+            self.lose_power(sim);
+        }
+        if self.power_flickers.is_some_and(|returns| returns <= now) && self.agent == Process::Down {
+            self.power_flickers = None;
+            self.start_agent(sim);
+            self.shared.disk.power_goes_in_write(self.rng.random_range(0..WRITES_OF_A_START));
+            self.power_goes = Some(Duration::MAX);
         }
         let stage = match now {
             now if now >= STORM + RECOVERY => Stage::Quiet,
@@ -192,6 +211,7 @@ impl<'a> Weather<'a> {
 
     fn start_agent(&mut self, sim: &mut Sim<'_>) {
         self.agent = Process::Up;
+        self.shared.disk.power_returns();
         sim.bounce(AGENTS[self.current]);
     }
 
@@ -208,6 +228,15 @@ impl<'a> Weather<'a> {
 
     fn kill_agent(&self) {
         self.shared.agents[self.current].kills.change(|kills| *kills += 1);
+    }
+
+    /// The machine stops without a word, with all that runs on it.
+    fn lose_power(&mut self, sim: &mut Sim<'_>) {
+        self.power_goes = None;
+        self.shared.disk.power_goes();
+        self.each_link().for_each(|(agent, peer)| sim.partition(agent, peer));
+        let on_it = &self.shared.agents[..=self.current];
+        on_it.iter().for_each(|process| process.kills.change(|kills| *kills += 1));
     }
 
     /// Each way to the host agent, as the two ends of it.
@@ -229,8 +258,8 @@ impl<'a> Weather<'a> {
         self.shared.trace.record(What::Fault(format!("{what} {fault:?}")));
     }
 
-    fn strike(&mut self, sim: &mut Sim<'_>, fault: Fault) {
-        match fault {
+    fn strike(&mut self, sim: &mut Sim<'_>, now: Duration, planned: &Planned) {
+        match planned.fault {
             Fault::Partition(device) => {
                 self.links_of(device::name(device)).for_each(|(agent, device)| sim.partition(agent, device));
             }
@@ -257,9 +286,12 @@ impl<'a> Weather<'a> {
             }
             Fault::Loss => sim.set_fail_rate(LOSS),
             Fault::AgentCrash => self.kill_agent(),
+            Fault::AgentPowerLoss if self.rng.random_bool(0.3) => self.lose_power(sim),
             Fault::AgentPowerLoss => {
-                self.each_link().for_each(|(agent, peer)| sim.partition(agent, peer));
-                self.kill_agent();
+                // In the middle of a write, if there is one soon; and once more when the host agent starts.
+                self.shared.disk.power_goes_in_write(self.rng.random_range(0..2));
+                self.power_goes = Some(now + planned.lasts / 3);
+                self.power_flickers = Some(now + planned.lasts * 2 / 3);
             }
             Fault::Handover => {
                 self.shared.agents[self.current].handovers_asked.change(|asked| *asked += 1);
@@ -322,12 +354,20 @@ impl<'a> Weather<'a> {
             }
             Fault::AgentCrash | Fault::Handover => self.restart_agent(sim),
             Fault::AgentPowerLoss => {
+                // With no write in the middle of which it could; or the faults are over before it was time.
+                self.power_flickers = None;
+                if self.power_goes.is_some() {
+                    self.lose_power(sim);
+                }
                 self.each_link().for_each(|(agent, peer)| sim.repair(agent, peer));
                 self.restart_agent(sim);
             }
         }
     }
 }
+
+/// What is synced when a host agent takes its state directory, more or less.
+const WRITES_OF_A_START: u64 = 5;
 
 /// The probability that a message breaks its link; the next message repairs it.
 const LOSS: f64 = 0.01;

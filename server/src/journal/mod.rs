@@ -35,7 +35,8 @@ pub(crate) use self::file::AppendError;
 pub(crate) use self::file::Standing;
 use self::file::{Claim, JournalFile};
 pub(crate) use self::history::History;
-use self::medium::Disk;
+pub(crate) use self::medium::Disk;
+pub use self::medium::Medium;
 pub use self::record::Damage;
 use self::record::Record;
 pub(crate) use self::record::{BootMoment, Run, SessionRecord, is_unnamed};
@@ -174,6 +175,7 @@ impl Journal {
     /// # Errors
     /// [`JournalError`].
     pub(crate) fn open(
+        medium: Arc<dyn Medium>,
         path: &Path,
         takeover: Takeover,
         writer: Writer,
@@ -181,7 +183,7 @@ impl Journal {
         terms: LeaseTerms,
         clock: impl FnOnce() -> BootMoment,
     ) -> Result<Opened, JournalError> {
-        let taken = JournalFile::take(path, takeover, Arc::new(Disk))?;
+        let taken = JournalFile::take(path, takeover, medium)?;
         Self::begin(taken, path, writer, now, terms, clock)
     }
 

@@ -54,7 +54,8 @@ fn take(path: &Path) -> (JournalFile, History) {
 
 fn open(path: &Path, at: u64) -> Opened {
     let terms = LeaseTerms::default();
-    Journal::open(path, Takeover::Never, Writer::Thread, now(at), terms, || boot_moment(at)).unwrap()
+    Journal::open(Arc::new(Disk), path, Takeover::Never, Writer::Thread, now(at), terms, || boot_moment(at))
+        .unwrap()
 }
 
 fn is_current(claim: &Claim) -> bool {
@@ -225,11 +226,18 @@ fn the_moment_from_which_leases_are_counted_is_after_the_takeover() {
     let folder = tempfile::tempdir().unwrap();
     let old = open(folder.path(), 1).journal;
     let mut was_current = None;
-    let successor =
-        Journal::open(folder.path(), Takeover::IfHeld, Writer::Thread, now(2), LeaseTerms::default(), || {
+    let successor = Journal::open(
+        Arc::new(Disk),
+        folder.path(),
+        Takeover::IfHeld,
+        Writer::Thread,
+        now(2),
+        LeaseTerms::default(),
+        || {
             was_current = Some(old.standing() == Standing::Current);
             boot_moment(2)
-        });
+        },
+    );
     assert_eq!(was_current, Some(false));
     drop(successor);
 }
@@ -241,7 +249,10 @@ fn a_journal_without_a_thread_is_durable_when_the_call_returns() {
     let open_alone = |at| {
         let terms = LeaseTerms::default();
         let writer = Writer::Caller;
-        Journal::open(folder.path(), Takeover::Never, writer, now(at), terms, || boot_moment(at)).unwrap()
+        Journal::open(Arc::new(Disk), folder.path(), Takeover::Never, writer, now(at), terms, || {
+            boot_moment(at)
+        })
+        .unwrap()
     };
     let on_disk = || History::of(read(&fs::read(only(folder.path())).unwrap(), 1).unwrap().records);
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -269,7 +280,9 @@ fn resume_points_of_another_boot_are_a_crash() {
         first.journal.close(Some(drained()));
         let (terms, writer) = (LeaseTerms::default(), Writer::Thread);
         let clock = || BootMoment { boot_id: boot.to_owned(), ..boot_moment(200) };
-        let second = Journal::open(folder.path(), Takeover::Never, writer, now(200), terms, clock).unwrap();
+        let second =
+            Journal::open(Arc::new(Disk), folder.path(), Takeover::Never, writer, now(200), terms, clock)
+                .unwrap();
         assert_eq!(second.before.drained, None, "boot {boot:?}");
         assert_eq!(second.run.incarnation, now(200), "boot {boot:?}");
         let survivor = second.before.sessions.values().next().unwrap();

@@ -90,7 +90,7 @@ pub fn bounded_resolution(history: &History) -> Vec<Violation> {
             }
         };
         let targets = || round.last_targets().iter();
-        let unstoppable = |target: &&Target| history.cut_off_by(target.session).is_some();
+        let unstoppable = |target: &&Target| history.is_unstoppable(target.session);
         if !targets().any(|target| unstoppable(&target)) {
             late("", resolved, dispatched + bound);
             continue;
@@ -111,8 +111,7 @@ fn answered_late(history: &History) -> impl Iterator<Item = Violation> {
     let unlimited = history.rounds.values().filter(|round| round.patience == Patience::Unlimited);
     unlimited.filter_map(|round| {
         let (answered, answer) = round.answers.first()?;
-        let has_unstoppable =
-            answer.targets.iter().any(|target| history.cut_off_by(target.session).is_some());
+        let has_unstoppable = answer.targets.iter().any(|target| history.is_unstoppable(target.session));
         // The release of an address space also waits for those who leave it.
         let is_release = round.called == Called::Release && answer.verdict == Verdict::Quiesced;
         let due = answer.dispatched + history.bounds.answer + STEP;

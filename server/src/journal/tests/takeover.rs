@@ -94,7 +94,7 @@ fn a_run_that_is_taken_over_from_before_it_began_does_not_begin() {
     open(folder.path(), 1).journal.close(Some(drained()));
     let start = |at, clock: &mut dyn FnMut() -> BootMoment| {
         let terms = LeaseTerms::default();
-        Journal::open(folder.path(), Takeover::IfHeld, Writer::Caller, now(at), terms, clock)
+        Journal::open(Arc::new(Disk), folder.path(), Takeover::IfHeld, Writer::Caller, now(at), terms, clock)
     };
     let mut successor = None;
     let hung = start(2, &mut || {

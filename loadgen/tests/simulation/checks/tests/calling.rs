@@ -1,3 +1,5 @@
+use crate::observer::NUMBERS_OF_A_RUN;
+
 use super::*;
 
 /// The good trace, and a second caller whose call at 12 is not quiesced either before 40, with `called` for the first.
@@ -152,6 +154,27 @@ fn bounded_resolution_finds_who_is_not_cut_off_when_all_is_well() {
     // The faults are over at 50, the round may take 100, and to cut the device off 30.
     assert_eq!(finds("BoundedResolution", &resolved(180)), 0);
     assert_eq!(finds("BoundedResolution", &resolved(181)), 1);
+}
+
+/// Whose session it was nobody knows, so somebody has to say of each device that it may be of that it has stopped.
+#[test]
+fn bounded_resolution_finds_a_torn_record_that_nobody_speaks_for_when_all_is_well() {
+    let is_answer = |what: &What| matches!(what, What::Answered { .. });
+    let resolved = |session, millis: u64| {
+        let moment = Some(Duration::from_millis(millis));
+        let target = Target { session, outcome: Outcome::Fenced, resolved: moment };
+        let answer =
+            Answer { targets: vec![target], resolved: moment, ..answer(Verdict::Quiesced, Outcome::Fenced) };
+        let first = answered(60, Verdict::NotQuiesced, Outcome::Waiting);
+        with(is_answer, vec![first, at(millis, What::Answered { op: OP, answer })])
+    };
+    assert_eq!(finds("BoundedResolution", &resolved(NUMBERS_OF_A_RUN, 180)), 0);
+    assert_eq!(finds("BoundedResolution", &resolved(NUMBERS_OF_A_RUN, 181)), 1);
+    assert_eq!(
+        finds("BoundedResolution", &resolved(NUMBERS_OF_A_RUN + 1, 180)),
+        1,
+        "a session like any other"
+    );
 }
 
 #[test]

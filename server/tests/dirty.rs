@@ -5,16 +5,14 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Agent, Device, pages, soon, unmap, until, wire};
+use common::{Agent, Device, lease_of, pages, soon, unmap, until, wire};
 use shootdown_core::Cause;
 use shootdown_proto::v1;
-use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_server::source::{Invalidation, Notifier as _, Outcome, RoundResult, Wait};
 use tokio::task::JoinHandle;
 
 async fn ack_with(device: &mut Device, notice: u64, dirty: Vec<v1::AddressRange>) {
-    let reports = vec![v1::FlushReport { notice, dirty, ..v1::FlushReport::default() }];
-    device.ask(Ask::Ack(v1::Ack { through: notice, reports, ..v1::Ack::default() })).await;
+    device.ack_with(v1::FlushReport { notice, dirty, ..v1::FlushReport::default() }).await;
 }
 
 async fn completed(round: JoinHandle<RoundResult>) -> RoundResult {
@@ -44,11 +42,7 @@ async fn a_round_tells_whether_a_target_wrote_its_range() {
 
 #[tokio::test]
 async fn a_target_that_has_not_told_counts_as_one_that_wrote() {
-    let agent = Agent::start_with(|config| {
-        config.host.session.ack_timeout = Duration::from_millis(50);
-        config.host.session.lease.duration = Duration::from_millis(300);
-        config.host.session.lease.margin = Duration::from_millis(20);
-    });
+    let agent = Agent::start_with(|config| lease_of(config, Duration::from_millis(300)));
     let space = agent.space();
     let mut dead = agent.device("dead").await;
     dead.subscribe(space, pages(1, 1)).await;
@@ -90,8 +84,7 @@ async fn the_caller_over_grpc_is_told_of_the_round_and_of_each_target() {
     let agent = Agent::start();
     let mut writer = agent.device("writer").await;
     let mut reader = agent.device("reader").await;
-    let channel = agent.channel("source.sock").await;
-    let mut notifier = v1::notifier_service_client::NotifierServiceClient::new(channel);
+    let mut notifier = agent.notifier().await;
     let register = v1::RegisterAddressSpaceRequest::default();
     let id = notifier.register_address_space(register).await.unwrap().into_inner().address_space_id;
     for device in [&mut writer, &mut reader] {

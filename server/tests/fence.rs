@@ -14,7 +14,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::{Agent, Device, pages, soon, until, wire};
+use common::{Agent, Device, lease_of, pages, soon, until, wire};
 use shootdown_core::AddressSpaceId;
 use shootdown_proto::error::Reason;
 use shootdown_proto::v1;
@@ -33,9 +33,7 @@ fn rule(device: &str, fencer: Fencer, time_limit: Duration) -> FencerRule {
 }
 
 fn short_lease(config: &mut Config) {
-    config.host.session.ack_timeout = T_ACK;
-    config.host.session.lease.duration = LEASE;
-    config.host.session.lease.margin = Duration::from_millis(20);
+    lease_of(config, LEASE);
 }
 
 /// Only a fencer can end it: the lease lasts as long as a test may.
@@ -93,9 +91,7 @@ async fn fence_is_positive() {
     let body = format!("echo >> {}; test -e {}", attempts.display(), gate.display());
     let program = script(folder.path(), "fence", &body);
     let agent = Agent::start_with(|config| {
-        config.host.session.ack_timeout = T_ACK;
-        config.host.session.lease.duration = Duration::from_millis(200);
-        config.host.session.lease.margin = Duration::from_millis(20);
+        lease_of(config, Duration::from_millis(200));
         config.host.fencers = vec![rule("gpu", Fencer::Command(program), Duration::from_secs(10))];
     });
     let space = agent.space();
@@ -126,13 +122,10 @@ async fn a_device_that_keeps_no_lease_and_falls_silent_is_found_by_its_heartbeat
     let attempts = folder.path().join("attempts");
     let program = script(folder.path(), "fence", &format!("echo >> {}; exit 1", attempts.display()));
     let agent = Agent::start_with(|config| {
-        config.host.session.ack_timeout = T_ACK;
-        config.host.session.lease.duration = Duration::from_secs(1);
-        config.host.session.lease.margin = Duration::from_millis(20);
+        lease_of(config, Duration::from_secs(1));
         config.host.fencers = vec![rule("silent", Fencer::Command(program), Duration::from_secs(10))];
     });
-    let mut notifier =
-        v1::notifier_service_client::NotifierServiceClient::new(agent.channel("source.sock").await);
+    let mut notifier = agent.notifier().await;
     let lenient = notifier.register_address_space(v1::RegisterAddressSpaceRequest::default()).await.unwrap();
     let space = lenient.into_inner().address_space_id;
     let mut silent = agent.unbound_device("silent").await;
@@ -164,8 +157,7 @@ async fn a_strict_address_space_is_for_devices_that_are_certain_to_stop() {
     let agent = Agent::start_with(|config| {
         config.host.fencers = vec![rule("gpu*", fencer, Duration::from_secs(1))];
     });
-    let mut notifier =
-        v1::notifier_service_client::NotifierServiceClient::new(agent.channel("source.sock").await);
+    let mut notifier = agent.notifier().await;
     let mut register = async |strict| {
         let request =
             v1::RegisterAddressSpaceRequest { strict, ..v1::RegisterAddressSpaceRequest::default() };

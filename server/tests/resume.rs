@@ -5,13 +5,14 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Agent, Device, pages, quiesced, soon, until, wire};
+use common::{Agent, Device, lease_of, pages, quiesced, soon, until, wire};
 use shootdown_core::{AddrRange, AddressSpaceId};
 use shootdown_proto::error::Reason;
 use shootdown_proto::v1;
 use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_proto::v1::session_response::Message as Say;
-use shootdown_server::source::{Notifier as _, Outcome};
+use shootdown_server::source::{Notifier as _, Outcome, RoundResult};
+use tokio::task::JoinHandle;
 
 /// Where `device` stopped, if it received every notice up to that one.
 fn point(agent: &Agent, device: &Device, received_through: u64) -> v1::ResumePoint {
@@ -30,14 +31,15 @@ async fn back(agent: &Agent, resume: v1::ResumePoint) -> (Device, v1::Welcome) {
 
 async fn back_as(agent: &Agent, hello: v1::Hello) -> (Device, v1::Welcome) {
     let mut device = Device::connect(agent).await;
-    device.ask(Ask::Hello(hello)).await;
-    match device.say().await {
-        Say::Welcome(welcome) => {
-            (device.session, device.epoch) = (welcome.session_id, welcome.epoch);
-            (device, welcome)
-        }
-        other => panic!("not welcomed: {other:?}"),
-    }
+    let welcome = device.welcomed(hello).await;
+    (device, welcome)
+}
+
+/// Loses its connection, and comes back from where it stopped.
+async fn lost_and_back(agent: &Agent, device: Device, received_through: u64) -> (Device, v1::Welcome) {
+    let resume = point(agent, &device, received_through);
+    device.cut();
+    back(agent, resume).await
 }
 
 /// A device with a subscription of pages 0 to 63, and its session's ids.
@@ -45,6 +47,14 @@ async fn subscribed(agent: &Agent, space: AddressSpaceId) -> Device {
     let mut device = agent.device("gpu").await;
     device.subscribe(space, pages(0, 64)).await;
     device
+}
+
+/// The same, which has a notice and has not acked it; with its round.
+async fn owing(agent: &Agent, space: AddressSpaceId) -> (Device, JoinHandle<RoundResult>) {
+    let mut device = subscribed(agent, space).await;
+    let round = agent.round(space, pages(1, 1));
+    device.notice().await;
+    (device, round)
 }
 
 fn report(notice: u64, dirty: AddrRange) -> v1::FlushReport {
@@ -170,21 +180,15 @@ async fn a_connection_that_is_stuck_does_not_block_the_next() {
 async fn an_ack_that_was_lost_is_given_again() {
     let agent = Agent::start();
     let space = agent.space();
-    let mut device = subscribed(&agent, space).await;
-    let round = agent.round(space, pages(1, 1));
-    device.notice().await;
-    let resume = point(&agent, &device, 1);
-    device.cut();
-    let (mut device, _) = back(&agent, resume).await;
+    let (device, round) = owing(&agent, space).await;
+    let (mut device, _) = lost_and_back(&agent, device, 1).await;
     assert_eq!(device.notice().await.number, 1);
     let again = v1::Ack { through: 1, reports: vec![report(1, pages(1, 1))], ..v1::Ack::default() };
     device.ask(Ask::Ack(again.clone())).await;
     let result = soon(round).await.unwrap();
     assert!(result.is_quiesced() && result.dirty, "{result:?}");
     // A device that does not know that it arrived says it once more: nothing happens, nothing is refused.
-    let resume = point(&agent, &device, 1);
-    device.cut();
-    let (mut device, welcome) = back(&agent, resume).await;
+    let (mut device, welcome) = lost_and_back(&agent, device, 1).await;
     assert_eq!((welcome.resume(), welcome.retained_floor), (v1::Resume::Continue, 0));
     device.ask(Ask::Ack(again.clone())).await;
     device.ask(Ask::Ack(v1::Ack { selective: vec![1], ..v1::Ack::default() })).await;
@@ -203,15 +207,9 @@ async fn an_ack_that_was_lost_is_given_again() {
 /// 19: to connect again renews no lease and excuses no ack.
 #[tokio::test]
 async fn a_device_that_only_connects_again_is_fenced() {
-    let agent = Agent::start_with(|config| {
-        config.host.session.ack_timeout = Duration::from_millis(50);
-        config.host.session.lease.duration = Duration::from_millis(400);
-        config.host.session.lease.margin = Duration::from_millis(20);
-    });
+    let agent = Agent::start_with(|config| lease_of(config, Duration::from_millis(400)));
     let space = agent.space();
-    let mut device = subscribed(&agent, space).await;
-    let round = agent.round(space, pages(1, 1));
-    device.notice().await;
+    let (mut device, round) = owing(&agent, space).await;
     let mut resumes = 0;
     soon(async {
         loop {
@@ -250,9 +248,7 @@ async fn a_subscription_that_is_asked_for_again_is_the_same() {
     };
     device.ask(Ask::Subscribe(ask.clone())).await;
     let Say::Subscribed(first) = device.say().await else { panic!("subscribed") };
-    let resume = point(&agent, &device, 0);
-    device.cut();
-    let (mut device, _) = back(&agent, resume).await;
+    let (mut device, _) = lost_and_back(&agent, device, 0).await;
     device.ask(Ask::Subscribe(ask.clone())).await;
     let Say::Subscribed(second) = device.say().await else { panic!("subscribed") };
     assert_eq!(first, second);
@@ -275,9 +271,7 @@ async fn an_unsubscription_that_is_asked_again_waits_for_its_rounds() {
     let ask = Ask::Unsubscribe(v1::Unsubscribe { request_id: 78, subscription_id });
     device.ask(ask.clone()).await;
     device.settled().await;
-    let resume = point(&agent, &device, 1);
-    device.cut();
-    let (mut device, _) = back(&agent, resume).await;
+    let (mut device, _) = lost_and_back(&agent, device, 1).await;
     device.ask(ask.clone()).await;
     assert_eq!(device.notice().await.number, 1);
     device.settled().await;
@@ -287,9 +281,7 @@ async fn an_unsubscription_that_is_asked_again_waits_for_its_rounds() {
     assert_eq!((answer.request_id, answer.subscription_id), (78, subscription_id));
     assert_eq!(agent.listed_sessions().await[0].subscriptions, 0);
     // And once more, after it is over: the answer was lost, and the subscription is no longer there.
-    let resume = point(&agent, &device, 1);
-    device.cut();
-    let (mut device, _) = back(&agent, resume).await;
+    let (mut device, _) = lost_and_back(&agent, device, 1).await;
     device.ask(ask).await;
     assert_eq!(device.error().await.reason(), Reason::SubscriptionUnknown);
 }
@@ -299,9 +291,7 @@ async fn an_unsubscription_that_is_asked_again_waits_for_its_rounds() {
 async fn a_grant_of_the_old_stream_is_not_delivered_on_the_new_one() {
     let agent = Agent::start_with(|config| config.host.session.max_faults_in_flight = 2);
     let space = agent.space();
-    let mut device = subscribed(&agent, space).await;
-    let round = agent.round(space, pages(1, 1));
-    device.notice().await;
+    let (mut device, round) = owing(&agent, space).await;
     // Held by the bracket, as many as there may be.
     device.start_fault(space, pages(1, 1)).await;
     device.start_fault(space, pages(1, 1)).await;
@@ -348,12 +338,8 @@ async fn a_session_is_left_behind_by_the_next_of_the_same_run_only() {
 async fn a_device_that_was_told_to_flush_leaves_its_old_session_with_its_first_fault() {
     let agent = Agent::start();
     let space = agent.space();
-    let mut device = subscribed(&agent, space).await;
-    let round = agent.round(space, pages(1, 1));
-    device.notice().await;
-    let resume = point(&agent, &device, 9);
-    device.cut();
-    let (mut device, welcome) = back(&agent, resume).await;
+    let (device, round) = owing(&agent, space).await;
+    let (mut device, welcome) = lost_and_back(&agent, device, 9).await;
     assert_eq!(welcome.resume(), v1::Resume::Flush);
     device.subscribe(space, pages(0, 64)).await;
     device.settled().await;
@@ -368,17 +354,11 @@ async fn a_device_that_was_told_to_flush_leaves_its_old_session_with_its_first_f
 async fn an_old_session_is_left_behind_on_whichever_stream_its_successor_says_so() {
     let agent = Agent::start();
     let space = agent.space();
-    let mut device = subscribed(&agent, space).await;
-    let round = agent.round(space, pages(1, 1));
-    device.notice().await;
-    let resume = point(&agent, &device, 9);
-    device.cut();
-    let (mut device, welcome) = back(&agent, resume).await;
+    let (device, round) = owing(&agent, space).await;
+    let (mut device, welcome) = lost_and_back(&agent, device, 9).await;
     assert_eq!(welcome.resume(), v1::Resume::Flush);
     device.subscribe(space, pages(0, 64)).await;
-    let resume = point(&agent, &device, 0);
-    device.cut();
-    let (mut device, welcome) = back(&agent, resume).await;
+    let (mut device, welcome) = lost_and_back(&agent, device, 0).await;
     assert_eq!(welcome.resume(), v1::Resume::Continue);
     device.settled().await;
     assert!(!round.is_finished(), "it may still be flushing");

@@ -17,6 +17,7 @@ use shootdown_core::{Access, AddrRange, AddressSpaceId, Cause, FrameNumber, Page
 use shootdown_proto::error::Reason;
 use shootdown_proto::v1;
 use shootdown_proto::v1::device_service_client::DeviceServiceClient;
+use shootdown_proto::v1::notifier_service_client::NotifierServiceClient;
 use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_proto::v1::session_response::Message as Say;
 use shootdown_server::config::{Config, Settings};
@@ -105,6 +106,11 @@ impl Agent {
         connect(&self.socket(name)).await
     }
 
+    /// What a source speaks by.
+    pub async fn notifier(&self) -> NotifierServiceClient<Channel> {
+        NotifierServiceClient::new(self.channel("source.sock").await)
+    }
+
     /// An address space whose pages all exist: page n is in frame n.
     pub fn space(&self) -> AddressSpaceId {
         self.host().register("test", Arc::new(Identity)).unwrap()
@@ -162,6 +168,13 @@ impl Agent {
         let host = self.host().clone();
         tokio::spawn(async move { host.invalidate_range_start(unmap(space, range)).await.unwrap() })
     }
+}
+
+/// For a test that waits for the end of a lease: it lasts as long as that, and T_ack is much shorter.
+pub fn lease_of(config: &mut Config, duration: Duration) {
+    config.host.session.ack_timeout = Duration::from_millis(50);
+    config.host.session.lease.duration = duration;
+    config.host.session.lease.margin = Duration::from_millis(20);
 }
 
 /// A round that completes now, with every target stopped: its targets.
@@ -400,6 +413,12 @@ impl Device {
 
     pub async fn ack(&self, through: u64) {
         self.ask(Ask::Ack(v1::Ack { through, ..v1::Ack::default() })).await;
+    }
+
+    /// The same with what the flush of the last notice has to tell.
+    pub async fn ack_with(&self, report: v1::FlushReport) {
+        let ack = v1::Ack { through: report.notice, reports: vec![report], ..v1::Ack::default() };
+        self.ask(Ask::Ack(ack)).await;
     }
 
     /// On a stream that the host agent may have ended by now.

@@ -19,44 +19,22 @@ async fn take_back(place: &Place, space: u64) {
     assert_eq!(taken.address_space_id, space);
 }
 
-/// What the source is told of a round, without waiting for it.
-async fn look(place: &Place, space: u64, seq: u64) -> Result<v1::RoundResult, Reason> {
-    let asked =
-        v1::AwaitRoundRequest { address_space_id: space, seq, deadline_ms: Some(0), ..Default::default() };
-    match place.notifier().await.await_round(asked).await {
-        Ok(told) => Ok(told.into_inner().result.unwrap()),
-        Err(refused) => Err(Reason::of_status(&refused).unwrap()),
-    }
-}
-
-/// A round of an address space whose device never acks.
-async fn never_quiesced(place: &Place) -> (u64, u64, Device) {
-    let mut notifier = place.notifier().await;
-    let space = register(&mut notifier).await;
-    let mut silent = place.hello("silent").await;
-    silent.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
-    let round = invalidate(&mut notifier, space, Some(0)).await.unwrap();
-    assert_eq!(round.verdict(), v1::Verdict::NotQuiesced);
-    silent.notice().await;
-    (space, round.seq, silent)
-}
-
 #[tokio::test]
 async fn a_round_that_a_crash_cut_off_is_not_quiesced_after_a_planned_restart_either() {
     let place = Place::new();
     let first = place.start(&["--lease", "60s"]);
-    let (space, seq, _silent) = never_quiesced(&place).await;
+    let (space, seq, _silent) = place.never_quiesced().await;
     first.kill();
     let second = place.start(&["--lease", "60s"]);
     take_back(&place, space).await;
-    assert_eq!(look(&place, space, seq).await, Err(Reason::RoundUnknown));
+    assert_eq!(place.look(space, seq).await, Err(Reason::RoundUnknown));
     second.end_as_planned().await;
     // However often: what is restored is written down again.
     for _ in 0..2 {
         let next = place.start(&["--lease", "60s"]);
-        assert_eq!(look(&place, space, seq).await, Err(Reason::RoundUnknown), "its device never acked");
+        assert_eq!(place.look(space, seq).await, Err(Reason::RoundUnknown), "its device never acked");
         take_back(&place, space).await;
-        assert_eq!(look(&place, space, seq).await, Err(Reason::RoundUnknown));
+        assert_eq!(place.look(space, seq).await, Err(Reason::RoundUnknown));
         next.end_as_planned().await;
     }
 }
@@ -65,13 +43,13 @@ async fn a_round_that_a_crash_cut_off_is_not_quiesced_after_a_planned_restart_ei
 async fn a_round_that_a_planned_end_left_out_is_not_quiesced_after_another() {
     let place = Place::new();
     let first = place.start(&["--lease", "60s"]);
-    let (space, seq, _silent) = never_quiesced(&place).await;
+    let (space, seq, _silent) = place.never_quiesced().await;
     first.end_as_planned().await;
     let second = place.start(&["--lease", "60s"]);
     take_back(&place, space).await;
     second.end_as_planned().await;
     let _third = place.start(&["--lease", "60s"]);
-    assert_eq!(look(&place, space, seq).await, Err(Reason::RoundUnknown), "its device never acked");
+    assert_eq!(place.look(space, seq).await, Err(Reason::RoundUnknown), "its device never acked");
     let mut notifier = place.notifier().await;
     let end = v1::InvalidateRangeEndRequest { address_space_id: space, seq, ..Default::default() };
     let unknown = notifier.invalidate_range_end(end).await.unwrap_err();
@@ -94,8 +72,8 @@ async fn a_round_that_was_quiesced_is_so_after_any_number_of_planned_restarts() 
     for _ in 0..2 {
         daemon.end_as_planned().await;
         daemon = place.start(&["--lease", "60s"]);
-        assert_eq!(look(&place, space, done.seq).await.unwrap().verdict(), v1::Verdict::Quiesced);
-        assert_eq!(look(&place, space, done.seq + 1).await, Err(Reason::RoundUnknown));
+        assert_eq!(place.look(space, done.seq).await.unwrap().verdict(), v1::Verdict::Quiesced);
+        assert_eq!(place.look(space, done.seq + 1).await, Err(Reason::RoundUnknown));
     }
 }
 
@@ -193,7 +171,7 @@ async fn after_a_reboot_nobody_resumes() {
     first.end_as_planned().await;
     drop(device);
     let Some(_second) = after_a_reboot(&place, &["--lease", "60s"]) else { return };
-    assert_eq!(look(&place, space, 1).await, Err(Reason::AddressSpaceUnknown));
+    assert_eq!(place.look(space, 1).await, Err(Reason::AddressSpaceUnknown));
     let (_back, welcome) = place.come_back(resume).await;
     assert_eq!(welcome.resume(), v1::Resume::Flush);
     assert!(welcome.host_incarnation > resume.host_incarnation);

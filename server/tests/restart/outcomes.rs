@@ -48,9 +48,7 @@ async fn a_call_whose_answer_went_with_a_planned_end_has_its_outcome_and_counts_
 
     let _third = place.start(&["--lease", "60s"]);
     place.notifier().await.invalidate_range_end(end).await.expect("it was ended, and is told so");
-    let mut admin = place.admin().await;
-    let spaces = admin.list_address_spaces(v1::ListAddressSpacesRequest::default()).await.unwrap();
-    assert_eq!(spaces.into_inner().address_spaces[0].open_brackets, 0);
+    assert_eq!(listed(&place).await.open_brackets, 0);
 }
 
 #[tokio::test]
@@ -152,8 +150,7 @@ async fn each_method(notifier: &mut Notifier, space: u64) -> Vec<Told> {
 }
 
 async fn listed(place: &Place) -> v1::AddressSpace {
-    let spaces = place.admin().await.list_address_spaces(v1::ListAddressSpacesRequest::default()).await;
-    spaces.unwrap().into_inner().address_spaces.remove(0)
+    place.address_spaces().await.remove(0)
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use shootdown_core::Moment;
+use shootdown_proto::error::Reason;
 use shootdown_proto::v1;
 use shootdown_proto::v1::admin_service_client::AdminServiceClient;
 use shootdown_proto::v1::notifier_service_client::NotifierServiceClient;
@@ -89,6 +90,37 @@ impl Place {
     pub(crate) async fn sessions(&self) -> Vec<v1::Session> {
         let listed = self.admin().await.list_sessions(v1::ListSessionsRequest::default()).await;
         listed.unwrap().into_inner().sessions
+    }
+
+    pub(crate) async fn address_spaces(&self) -> Vec<v1::AddressSpace> {
+        let listed = self.admin().await.list_address_spaces(v1::ListAddressSpacesRequest::default()).await;
+        listed.unwrap().into_inner().address_spaces
+    }
+
+    /// What the source is told of a round, without waiting for it.
+    pub(crate) async fn look(&self, space: u64, seq: u64) -> Result<v1::RoundResult, Reason> {
+        let asked = v1::AwaitRoundRequest {
+            address_space_id: space,
+            seq,
+            deadline_ms: Some(0),
+            ..Default::default()
+        };
+        match self.notifier().await.await_round(asked).await {
+            Ok(told) => Ok(told.into_inner().result.unwrap()),
+            Err(refused) => Err(Reason::of_status(&refused).unwrap()),
+        }
+    }
+
+    /// A round of an address space whose device, "silent", never acks: the address space, and its sequence.
+    pub(crate) async fn never_quiesced(&self) -> (u64, u64, Device) {
+        let mut notifier = self.notifier().await;
+        let space = register(&mut notifier).await;
+        let mut silent = self.hello("silent").await;
+        silent.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
+        let round = invalidate(&mut notifier, space, Some(0)).await.unwrap();
+        assert_eq!(round.verdict(), v1::Verdict::NotQuiesced);
+        silent.notice().await;
+        (space, round.seq, silent)
     }
 
     /// A device that was welcomed and subscribed before the host agent was killed.

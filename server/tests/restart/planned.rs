@@ -46,9 +46,7 @@ async fn after_a_planned_end_the_successor_goes_on_where_it_stopped() {
     assert_eq!(listed.len(), 1);
     assert_eq!((listed[0].session_id, listed[0].phase()), (device.session, v1::SessionPhase::Severed));
     assert_eq!((listed[0].subscriptions, listed[0].acked_through), (1, 1));
-    let mut admin = place.admin().await;
-    let spaces = admin.list_address_spaces(v1::ListAddressSpacesRequest::default()).await.unwrap();
-    let spaces = spaces.into_inner().address_spaces;
+    let spaces = place.address_spaces().await;
     assert_eq!(spaces.len(), 1);
     assert_eq!((spaces[0].address_space_id, spaces[0].name.as_str(), spaces[0].seq), (space, "vm", 1));
     assert_eq!(spaces[0].open_brackets, 1);
@@ -94,25 +92,12 @@ async fn after_a_planned_end_the_successor_goes_on_where_it_stopped() {
 async fn what_is_not_quiet_at_a_planned_end_is_treated_as_after_a_crash() {
     let place = Place::new();
     let first = place.start(&["--lease", "60s"]);
-    let mut notifier = place.notifier().await;
-    let space = register(&mut notifier).await;
-    let mut silent = place.hello("silent").await;
-    silent.try_subscribe(space, vec![wire(pages(0, 4))]).await.unwrap();
-    let round = invalidate(&mut notifier, space, Some(0)).await.unwrap();
-    assert_eq!(round.verdict(), v1::Verdict::NotQuiesced);
-    silent.notice().await;
+    let (space, seq, _silent) = place.never_quiesced().await;
     first.end_as_planned().await;
 
     let _second = place.start(&["--lease", "60s"]);
+    assert_eq!(place.look(space, seq).await, Err(Reason::AddressSpaceUnknown), "never quiesced");
     let mut notifier = place.notifier().await;
-    let asked = v1::AwaitRoundRequest {
-        address_space_id: space,
-        seq: round.seq,
-        deadline_ms: Some(0),
-        ..Default::default()
-    };
-    let unknown = notifier.await_round(asked).await.unwrap_err();
-    assert_eq!(Reason::of_status(&unknown), Some(Reason::AddressSpaceUnknown), "never quiesced");
     let space = register(&mut notifier).await;
     let waits = invalidate(&mut notifier, space, Some(0)).await.unwrap();
     assert_eq!(waits.verdict(), v1::Verdict::NotQuiesced);

@@ -82,6 +82,14 @@ impl Ask {
         }
     }
 
+    /// The `number`th try, of which the first waits longest.
+    pub fn in_less_time(mut self, number: u64) -> Self {
+        if let Self::Call { wait: Wait::AtMost(limit), .. } = &mut self {
+            *limit /= u32::try_from(number).expect("there are few");
+        }
+        self
+    }
+
     /// One try of it; an end is answered with nothing.
     pub async fn send(
         self,

@@ -36,6 +36,13 @@ struct Tries {
     connection: u64,
 }
 
+impl Drop for Tries {
+    /// Nobody takes back what was sent: it may arrive when its caller has gone on.
+    fn drop(&mut self) {
+        self.set.detach_all();
+    }
+}
+
 impl Remote {
     /// Until it is known what became of it.
     pub(super) async fn ask(&self, op: Op, ask: &Ask) -> Heard {
@@ -95,7 +102,8 @@ impl Remote {
         if matches!(ask, Ask::Call { .. }) {
             self.shared.trace.record(What::Sent { op });
         }
-        let sent = ask.clone().send(client, id);
+        // A later one has less time: what it is refused is refused to those that wait.
+        let sent = ask.clone().in_less_time(tries.begun).send(client, id);
         tries.connection = connection;
         tries.handles.push_back(tries.set.spawn(async move { (registered, sent.await) }));
         tries.handles.retain(|handle| !handle.is_finished());

@@ -202,6 +202,13 @@ impl Host {
         session.ack_timeout + session.lease.host_duration().max(self.fencers().longest_attempt())
     }
 
+    /// After this a device that takes nothing of what it is told is Suspect, and its lease is over: nothing is lost with
+    /// its connection any more.
+    pub(crate) fn patience(&self) -> Duration {
+        let session = self.session_config();
+        session.ack_timeout + session.lease.host_duration()
+    }
+
     /// Makes an address space known. By [`Notifier::register`](crate::source::Notifier::register) it is strict.
     ///
     /// # Errors

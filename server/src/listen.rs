@@ -227,7 +227,10 @@ impl Peer {
 /// A tokio listener.
 #[derive(Debug)]
 pub(crate) enum Acceptor {
-    Tcp(tokio::net::TcpListener),
+    Tcp {
+        listener: tokio::net::TcpListener,
+        patience: Duration,
+    },
     Unix {
         /// Before the listener: gone by the time at which connections are refused, so that a successor
         /// never mistakes it for one that was left behind.
@@ -238,10 +241,12 @@ pub(crate) enum Acceptor {
 }
 
 impl Acceptor {
-    /// Must be called in a runtime.
-    pub(crate) fn new(listener: Listener, leave: Leave) -> io::Result<Self> {
+    /// Must be called in a runtime. A TCP connection whose peer is there and takes nothing is kept for `patience`.
+    pub(crate) fn new(listener: Listener, leave: Leave, patience: Duration) -> io::Result<Self> {
         match listener {
-            Listener::Tcp(listener) => tokio::net::TcpListener::from_std(listener).map(Self::Tcp),
+            Listener::Tcp(listener) => {
+                tokio::net::TcpListener::from_std(listener).map(|listener| Self::Tcp { listener, patience })
+            }
             Listener::Unix(file, listener) => tokio::net::UnixListener::from_std(listener)
                 .map(|listener| Self::Unix { _file: file, listener, leave }),
         }
@@ -251,11 +256,11 @@ impl Acceptor {
     /// Cancel safe: a connection that was not returned stays in the kernel's queue.
     pub(crate) async fn accept(&self) -> io::Result<Accepted> {
         match self {
-            Self::Tcp(listener) => {
+            Self::Tcp { listener, patience } => {
                 let (stream, _) = listener.accept().await?;
                 // Notices and acks are small, and each is waited for.
                 stream.set_nodelay(true)?;
-                find_vanished(&stream)?;
+                find_vanished(&stream, *patience)?;
                 let socket = AcceptedSocket::Tcp(stream.into_std()?);
                 Ok(Accepted { socket, peer: Peer::device(), place: None })
             }
@@ -270,20 +275,22 @@ impl Acceptor {
     }
 }
 
-/// How long a TCP connection may be silent before the kernel asks whether the peer is still there, how
-/// often it asks, and how long anything sent may stay unacknowledged. A peer that vanished without a
-/// word is found within the sum.
+/// How long a TCP connection may be silent before the kernel asks whether the peer is still there, and how often it
+/// asks. A peer that vanished without a word is found within the sum.
 const TCP_IDLE: Duration = Duration::from_secs(10);
 const TCP_PROBE: Duration = Duration::from_secs(2);
 const TCP_PROBES: u32 = 3;
 
-fn find_vanished(stream: &tokio::net::TcpStream) -> io::Result<()> {
+/// Something that is sent may be unacknowledged for as long as the sum, too; or for `patience`, if that is longer: to the
+/// kernel (`tcp_probe_timer`) a peer that reads nothing and has no room left is the same as one that is gone, and how
+/// slow a device may be its session says. The keepalive's last word comes no sooner, either.
+fn find_vanished(stream: &tokio::net::TcpStream, patience: Duration) -> io::Result<()> {
     use rustix::net::sockopt;
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, TCP_IDLE)?;
     sockopt::set_tcp_keepintvl(stream, TCP_PROBE)?;
     sockopt::set_tcp_keepcnt(stream, TCP_PROBES)?;
-    let unacknowledged = TCP_IDLE + TCP_PROBE * TCP_PROBES;
+    let unacknowledged = (TCP_IDLE + TCP_PROBE * TCP_PROBES).max(patience);
     sockopt::set_tcp_user_timeout(stream, u32::try_from(unacknowledged.as_millis()).unwrap_or(u32::MAX))?;
     Ok(())
 }
@@ -401,19 +408,23 @@ mod tests {
     #[tokio::test]
     async fn the_kernel_asks_a_silent_tcp_peer_whether_it_is_there_and_gives_up_one_that_is_not() {
         use rustix::net::sockopt;
-        let bound =
-            Listener::bind(&"127.0.0.1:0".parse().unwrap(), false, Takeover::Never).unwrap().remove(0);
-        let ListenAddr::Tcp(address) = bound.address().unwrap() else { panic!("it is TCP") };
-        let acceptor = Acceptor::new(bound, Leave { uids: [].into() }).unwrap();
-        let _peer = TcpStream::connect(address).unwrap();
-        let connection = Connection::adopt(acceptor.accept().await.unwrap()).unwrap();
-        let Socket::Tcp(stream) = &connection.socket else { panic!("it is TCP") };
-        assert!(stream.nodelay().unwrap() && sockopt::socket_keepalive(stream).unwrap());
-        let idle = sockopt::tcp_keepidle(stream).unwrap();
-        let asked = sockopt::tcp_keepintvl(stream).unwrap() * sockopt::tcp_keepcnt(stream).unwrap();
-        // The bound of docs/faults.md, whether there is something to send or not.
-        assert_eq!(idle + asked, Duration::from_secs(16));
-        assert_eq!(sockopt::tcp_user_timeout(stream).unwrap(), 16_000);
+        // With a lease that is over before the kernel's first question, and with one that is not for long.
+        for (patience, given_up) in [(6, 16_000), (61, 61_000)] {
+            let bound =
+                Listener::bind(&"127.0.0.1:0".parse().unwrap(), false, Takeover::Never).unwrap().remove(0);
+            let ListenAddr::Tcp(address) = bound.address().unwrap() else { panic!("it is TCP") };
+            let patience = Duration::from_secs(patience);
+            let acceptor = Acceptor::new(bound, Leave { uids: [].into() }, patience).unwrap();
+            let _peer = TcpStream::connect(address).unwrap();
+            let connection = Connection::adopt(acceptor.accept().await.unwrap()).unwrap();
+            let Socket::Tcp(stream) = &connection.socket else { panic!("it is TCP") };
+            assert!(stream.nodelay().unwrap() && sockopt::socket_keepalive(stream).unwrap());
+            let idle = sockopt::tcp_keepidle(stream).unwrap();
+            let asked = sockopt::tcp_keepintvl(stream).unwrap() * sockopt::tcp_keepcnt(stream).unwrap();
+            // The bound of docs/faults.md, whether there is something to send or not.
+            assert_eq!(idle + asked, Duration::from_secs(16));
+            assert_eq!(sockopt::tcp_user_timeout(stream).unwrap(), given_up);
+        }
     }
 
     #[test]

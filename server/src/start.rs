@@ -187,7 +187,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     let to_devices: Vec<_> = doors.iter().map(|doors| doors.device.clone()).collect();
     let to_sources: Vec<_> = doors.iter().map(|doors: &Doors| doors.source.clone()).collect();
     let (admin_tx, admin_rx) = mpsc::channel(ADMIN_QUEUE);
-    let counted = Admits::Counted(Connections::new(connections, host.clock()));
+    let counted = Admits::Counted(Connections::new(connections, host.clock()), host.patience());
     let everybody = Admits::Everybody(Leave { uids: allow_uids.into() });
     start_accepting(device, &counted, &to_devices, stopping, control_tasks);
     start_accepting(source, &everybody, &to_sources, stopping, control_tasks);
@@ -449,8 +449,8 @@ fn bind(
 enum Admits {
     /// They are known by their credentials, and few.
     Everybody(Leave),
-    /// As many as may be, whoever they are.
-    Counted(Arc<Connections>),
+    /// As many as may be, whoever they are, and how long one may take nothing of what is sent to it.
+    Counted(Arc<Connections>, Duration),
 }
 
 fn start_accepting(
@@ -472,11 +472,12 @@ async fn accept(
     doors: Vec<mpsc::Sender<Accepted>>,
     stop: CancellationToken,
 ) {
-    let leave = match &admits {
-        Admits::Everybody(leave) => leave.clone(),
-        Admits::Counted(_) => Leave { uids: [].into() },
+    let (leave, patience) = match &admits {
+        // On Unix sockets only.
+        Admits::Everybody(leave) => (leave.clone(), Duration::ZERO),
+        Admits::Counted(_, patience) => (Leave { uids: [].into() }, *patience),
     };
-    let acceptor = match Acceptor::new(listener, leave) {
+    let acceptor = match Acceptor::new(listener, leave, patience) {
         Ok(acceptor) => acceptor,
         Err(error) => {
             tracing::error!(%error, "a listener could not be used; the host agent must be restarted");
@@ -493,7 +494,7 @@ async fn accept(
         };
         match accepted {
             Ok(mut connection) => {
-                if let Admits::Counted(connections) = &admits {
+                if let Admits::Counted(connections, _) = &admits {
                     connection.place = connections.try_admit();
                     if connection.place.is_none() {
                         continue;

@@ -9,6 +9,10 @@ mod programs;
 mod services;
 #[path = "fence/reuse.rs"]
 mod reuse;
+#[path = "fence/silence.rs"]
+mod silence;
+#[path = "fence/slow.rs"]
+mod slow;
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -130,20 +134,24 @@ async fn a_device_that_keeps_no_lease_and_falls_silent_is_found_by_its_heartbeat
     let space = lenient.into_inner().address_space_id;
     let mut silent = agent.unbound_device("silent").await;
     let mut alive = agent.unbound_device("alive").await;
-    for device in [&mut silent, &mut alive] {
+    let mut babbling = agent.unbound_device("babbling").await;
+    for device in [&mut silent, &mut alive, &mut babbling] {
         device.try_subscribe(space, vec![wire(pages(1, 1))]).await.unwrap();
     }
     // It owes nothing, and its connection is up as far as anybody can tell.
     soon(async {
         while lines(&attempts).is_empty() {
             alive.settled().await;
+            // Nobody understands it, but it is there.
+            babbling.ask_raw(v1::SessionRequest { message: None }).await;
+            assert!(!babbling.error().await.fatal);
         }
     })
     .await;
     let phases = agent.listed_sessions().await.iter().map(v1::Session::phase).collect::<Vec<_>>();
     assert_eq!(
         phases,
-        [v1::SessionPhase::Severed, v1::SessionPhase::Live],
+        [v1::SessionPhase::Severed, v1::SessionPhase::Live, v1::SessionPhase::Live],
         "who is silent is not taken for fenced"
     );
     assert!(matches!(silent.next().await, Ok(None)), "its stream has ended: if it lives it comes back");

@@ -139,6 +139,7 @@ pub(crate) async fn open(host: &Host, hello: &Hello, shard: Shard) -> Result<Ope
         state: State::new(Session::new(id, hello.device.clone(), config, now), earlier, now).into(),
         accesses: parking_lot::RwLock::new(()),
         room: tokio::sync::Notify::new(),
+        listen: tokio::sync::Notify::new(),
         over: tokio_util::sync::CancellationToken::new(),
         clock,
     })?;

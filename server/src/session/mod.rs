@@ -74,6 +74,8 @@ pub(crate) struct SessionHandle {
     accesses: RwLock<()>,
     /// Rings when an answer was taken for the stream.
     room: Notify,
+    /// Rings when nothing was heard of the device for too long: see [`silence`].
+    listen: Notify,
     /// Cancelled when the session is over: faults that wait give up.
     over: CancellationToken,
     clock: Clock,
@@ -349,19 +351,42 @@ impl SessionHandle {
     /// Time passed; called for all sessions by the [`crate::watchdog`].
     pub(crate) fn on_tick(&self) {
         let now = self.clock.now();
-        let (hearing, line) = self.with(now, |state, effects| {
+        let is_silent = self.with(now, |state, effects| {
             state.session.on_tick(now, effects);
-            (state.silence.on_tick(&state.session, now), state.line.id)
+            state.silence.is_too_long(&state.session, now)
         });
-        if hearing == Hearing::Lost {
-            let (session, device) = (self.id.get(), self.device.as_str());
-            tracing::warn!(
-                session,
-                device,
-                "a device said nothing for a whole lease: its stream is taken for lost"
-            );
-            // The device may have come back on another by now.
-            self.sever(Some(line));
+        if is_silent {
+            tracing::trace!(session = self.id.get(), device = %self.device, "is anything heard of a device?");
+            self.listen.notify_one();
+        }
+    }
+
+    /// Its task was asked to listen, and there was nothing to read on that stream.
+    fn on_nothing_read(&self, on: LineId) {
+        let now = self.clock.now();
+        let hearing = {
+            let mut state = self.state.lock();
+            if state.line.id != on {
+                return;
+            }
+            let State { silence, session, .. } = &mut *state;
+            silence.on_nothing_read(session, now)
+        };
+        let (session, device) = (self.id.get(), self.device.as_str());
+        match hearing {
+            Hearing::Kept => {}
+            Hearing::Doubted { looks } => {
+                tracing::debug!(session, device, looks, "a device said nothing for a whole lease");
+            }
+            Hearing::Lost => {
+                tracing::warn!(
+                    session,
+                    device,
+                    "a device said nothing for a whole lease: its stream is taken for lost"
+                );
+                // The device may have come back on another by now.
+                self.sever(Some(on));
+            }
         }
     }
 

@@ -64,6 +64,7 @@ impl SessionHandle {
             .into(),
             accesses: RwLock::new(()),
             room: Notify::new(),
+            listen: Notify::new(),
             over: CancellationToken::new(),
             clock,
         }

@@ -27,6 +27,8 @@ enum Happening {
     Malformed(Malformed, Option<RequestId>),
     /// The stream broke; the transport says how.
     Broken(Status),
+    /// The watchdog asked whether the device is heard, and there was nothing to read.
+    NothingRead,
     /// The device closed its half without a Leave, or somebody ended the session.
     Closed,
 }
@@ -85,7 +87,7 @@ pub(crate) fn start_outliving(host: &Host, handle: Arc<SessionHandle>) {
 }
 
 /// # Cancel safety
-/// Both arms are: the stream keeps a message that was not taken, and a token stays cancelled.
+/// Every arm is: the stream keeps a message that was not taken, and a token stays cancelled. The watchdog asks again.
 async fn next(
     handle: &SessionHandle,
     inbound: &mut Streaming<v1::SessionRequest>,
@@ -106,8 +108,22 @@ async fn next(
             Ok(None) => Happening::Closed,
             Err(status) => Happening::Broken(status),
         },
+        // Last: whatever has come is an answer.
+        () = listened(handle) => Happening::NothingRead,
     }
 }
+
+/// Resolves when the watchdog has asked whether the device is heard, and what it has said until then could be read.
+async fn listened(handle: &SessionHandle) {
+    handle.listen.notified().await;
+    for _ in 0..TURNS_OF_A_LOOK {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// With each the shard looks at its sockets, and runs whatever is ready then. In the first the connection takes what has
+/// come; if that was leave to send, in the second an answer goes out, and makes room for what the device has said.
+const TURNS_OF_A_LOOK: usize = 2;
 
 /// The next message, once there is room for its answer.
 async fn read(
@@ -124,6 +140,7 @@ fn apply(host: &Host, handle: &Arc<SessionHandle>, on: LineId, happening: Happen
     match happening {
         Happening::Said(says) => said(host, handle, on, *says),
         Happening::Malformed(malformed, request) => {
+            handle.on_heard(on);
             handle.refuse(on, malformed.reason(), malformed.to_string(), request);
         }
         Happening::Broken(status) if status::is_too_large(&status) => {
@@ -134,6 +151,7 @@ fn apply(host: &Host, handle: &Arc<SessionHandle>, on: LineId, happening: Happen
             handle.on_severed(on);
         }
         Happening::Closed => handle.on_severed(on),
+        Happening::NothingRead => handle.on_nothing_read(on),
     }
 }
 

@@ -36,9 +36,9 @@ struct Tries {
     connection: u64,
 }
 
-impl Drop for Tries {
-    /// Nobody takes back what was sent: it may arrive when its caller has gone on.
-    fn drop(&mut self) {
+impl Tries {
+    /// The call is decided. Nobody takes back what was sent: it may arrive when its caller has gone on.
+    fn go_on(&mut self) {
         self.set.detach_all();
     }
 }
@@ -73,12 +73,17 @@ impl Remote {
             match answer {
                 Ok(result) => {
                     if let Some(heard) = self.on_answer(op, ask, registered, result) {
+                        tries.go_on();
                         return heard;
                     }
                     self.pause().await;
                 }
                 Err(status) => {
                     if let Some(heard) = self.on_refused(op, ask, registered, &status).await {
+                        // What a run does not know that has crashed meanwhile, nobody has decided.
+                        if Reason::of_status(&status) != Some(Reason::AddressSpaceUnknown) {
+                            tries.go_on();
+                        }
                         return heard;
                     }
                     self.pause().await;

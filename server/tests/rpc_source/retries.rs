@@ -4,10 +4,11 @@ use shootdown_proto::error::Reason;
 use shootdown_proto::v1;
 use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_proto::v1::session_response::Message as Say;
+use tokio::task::JoinHandle;
 use tonic::Status;
 
 use super::{Vmm, refused, translation};
-use crate::common::{Agent, pages, soon, wire};
+use crate::common::{Agent, Device, pages, soon, wire};
 
 async fn open_brackets(agent: &Agent) -> u64 {
     agent.listed_space().await.open_brackets
@@ -249,14 +250,28 @@ async fn an_end_by_id_is_one_end_of_one_bracket() {
     assert_eq!(open_brackets(&agent).await, 1);
 }
 
-#[tokio::test]
-async fn who_waits_for_a_place_may_go_away_and_its_retry_takes_it() {
+/// A host agent with one place for a round, which is taken until the device acks `notice`.
+struct Full {
+    agent: Agent,
+    vmm: Vmm,
+    device: Device,
+    full: JoinHandle<Result<v1::RoundResult, Status>>,
+    notice: u64,
+}
+
+async fn full() -> Full {
     let agent = Agent::start_with(|config| config.host.max_rounds_in_flight = 1);
     let vmm = Vmm::start(&agent).await;
     let mut device = agent.device("gpu").await;
     device.subscribe(vmm.id(), pages(0, 8)).await;
     let full = vmm.invalidating(vmm.unmap(pages(1, 1), "full"));
     let notice = device.notice().await.number;
+    Full { agent, vmm, device, full, notice }
+}
+
+#[tokio::test]
+async fn who_waits_for_a_place_may_go_away_and_its_retry_takes_it() {
+    let Full { agent, vmm, mut device, full, notice } = full().await;
     let first = vmm.invalidating(vmm.unmap(pages(2, 1), "a"));
     let second = vmm.invalidating(vmm.unmap(pages(2, 1), "a"));
     first.abort();
@@ -271,12 +286,7 @@ async fn who_waits_for_a_place_may_go_away_and_its_retry_takes_it() {
 
 #[tokio::test]
 async fn a_call_that_was_refused_for_want_of_room_is_refused_to_each_try_of_it() {
-    let agent = Agent::start_with(|config| config.host.max_rounds_in_flight = 1);
-    let vmm = Vmm::start(&agent).await;
-    let mut device = agent.device("gpu").await;
-    device.subscribe(vmm.id(), pages(0, 8)).await;
-    let full = vmm.invalidating(vmm.unmap(pages(1, 1), "full"));
-    let notice = device.notice().await.number;
+    let Full { agent, vmm, mut device, full, notice } = full().await;
     // Its caller lost it, and it waits for a place for ever. The caller's next try is refused, and it goes on without a
     // bracket: the one that waits must open none.
     let waits = vmm.reconnected(&agent).await.invalidating(vmm.unmap(pages(2, 1), "a"));
@@ -299,12 +309,7 @@ async fn a_call_that_was_refused_for_want_of_room_is_refused_to_each_try_of_it()
 /// It was true when its first try was made; by now the page may be somebody else's.
 #[tokio::test]
 async fn a_change_pte_that_waits_beside_another_try_of_it_is_an_invalidation() {
-    let agent = Agent::start_with(|config| config.host.max_rounds_in_flight = 1);
-    let vmm = Vmm::start(&agent).await;
-    let mut device = agent.device("gpu").await;
-    device.subscribe(vmm.id(), pages(0, 8)).await;
-    let full = vmm.invalidating(vmm.unmap(pages(1, 1), "full"));
-    let notice = device.notice().await.number;
+    let Full { agent: _agent, vmm, mut device, full, notice } = full().await;
     let changing = || {
         let vmm = vmm.clone();
         tokio::spawn(async move { change(&vmm, 2, 5, "a").await })

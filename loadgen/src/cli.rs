@@ -51,12 +51,14 @@ pub enum Command {
     Run(RoundsArgs),
     /// Faults into processes that run, while devices read and write memory that is freed and reused
     ///
-    /// Needs no configuration: it starts a host agent and device agents of its own, in a temporary folder, and ends them.
-    /// As root, and with nft (Debian: package nftables), partitions between network namespaces are among the faults;
-    /// otherwise they are left out, and the report says so.
+    /// Starts a host agent and devices as processes of its own; kills, stops, resets, cuts off and replaces them; and
+    /// looks at every page that a device reads. Partitions need root and the programs `ip` and `nft` (Debian:
+    /// iproute2, nftables): where one is missing they are left out, and the report says so. A run takes some seconds
+    /// more than --seconds: at the end each device uses each page once more.
     ///
-    /// Exit status: 0 when nothing was wrong, 1 when something was (with --break: when the broken rule was found), 2 for
-    /// a wrong command line, 70 when nothing was shown. docs/faults.md says more.
+    /// Exit status: 0 when nothing is wrong; 1 when something is, and the report's FAILED lines say what (with --break:
+    /// when it was found, as it must be); 2 for a wrong command line; 70 when the run failed, was interrupted, or has
+    /// shown nothing, and the last lines say why. What to do: docs/faults.md, "How it is shown".
     Chaos(ChaosArgs),
     /// A process of `demo` or `check`
     #[command(name = crate::fleet::HOST_AGENT, hide = true)]

@@ -85,6 +85,15 @@ fn a_planned_restart_flushes_nobody() {
     assert_eq!(run.number("/faults/host-restart/outcomes/resumed"), 6, "three devices, twice: {run:#?}");
 }
 
+#[test]
+fn a_call_that_is_refused_for_want_of_room_stays_refused_when_there_is_room() {
+    // While devices are gone the moves fill the host agent, and when they are fenced there is room again.
+    let run = chaos(&["--only", "device-stop-past-lease", "--count", "4"]);
+    assert_nothing_is_wrong(&run);
+    assert!(run.number("/host/refused_for_want_of_room") > 0, "{run:#?}");
+    assert!(run.number("/host/refused_again") > 0, "{run:#?}");
+}
+
 /// The content check finds it, and what is found ends the run.
 fn is_found(rule: &str) {
     let run = run(&["chaos", "--output", "json", "--seed", "11", "--seconds", SECONDS, "--break", rule]);

@@ -12,6 +12,9 @@ use shootdown_server::config::{ConfigError, Settings, Span};
 
 use crate::cli::Output;
 
+/// Two moves of the most pages: as few as leave half of the movers something to do.
+const QUARANTINE_PAGES: usize = 8;
+
 /// Faults into processes that run; every read of every device is checked
 #[derive(Debug, Clone, Args)]
 pub struct ChaosArgs {
@@ -190,6 +193,13 @@ impl ChaosArgs {
         }
     }
 
+    /// What the host agent has room for: so little that calls are refused for want of it now and then, where devices
+    /// are slow or gone. A run that breaks a rule is to find that, and has all the room that there is.
+    pub(crate) fn limits(&self) -> Option<Limits> {
+        let rounds = usize::from(self.movers).saturating_sub(1).max(1);
+        self.rule.is_none().then_some(Limits { rounds, pages: QUARANTINE_PAGES })
+    }
+
     /// Whether a host agent takes these times.
     ///
     /// # Errors
@@ -235,6 +245,15 @@ impl ChaosArgs {
         }
         command
     }
+}
+
+/// What the host agent has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Rounds that wait at once.
+    pub(crate) rounds: usize,
+    /// Pages in quarantine.
+    pub(crate) pages: usize,
 }
 
 /// The places of a run's files.

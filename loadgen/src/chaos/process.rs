@@ -297,6 +297,10 @@ pub(crate) fn start_host_agent(
     let time = |time: Duration| humantime::format_duration(time).to_string();
     command.args(["--lease", &time(args.lease), "--lease-margin", &time(args.lease_terms().margin)]);
     command.args(["--ack-timeout", &time(args.ack_timeout)]);
+    if let Some(limits) = args.limits() {
+        command.args(["--max-rounds-in-flight", &limits.rounds.to_string()]);
+        command.args(["--quarantine-pages", &limits.pages.to_string()]);
+    }
     // Plaintext, on addresses that the run made for itself or on loopback.
     command.args(["--insecure", "--shards", "1", "--memory-frames", "1", "--drain-timeout", "2s"]);
     let names: Vec<&str> = handed.iter().map(|(name, _)| name.as_str()).collect();

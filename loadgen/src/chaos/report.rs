@@ -54,13 +54,17 @@ fn write_text(out: &mut impl Write, verdict: &Verdict) -> io::Result<()> {
     writeln!(
         out,
         "retries         {} calls were retried, {} of them had exactly one outcome ({} tries at most); {} \
-         were refused for want of room; {} results and {} refusals of replaced host agents",
+         results and {} refusals of replaced host agents",
         host.retried_calls,
         host.retried_with_one_outcome,
         host.most_tries,
-        host.refused_for_want_of_room,
         host.superseded_results,
         host.superseded_refusals + devices.refusals_of_replaced_host_agents
+    )?;
+    writeln!(
+        out,
+        "room            {} calls were refused for want of it, {} of them once more when there was room",
+        host.refused_for_want_of_room, host.refused_again
     )?;
     writeln!(
         out,

@@ -192,7 +192,7 @@ impl Chaos {
             Some(Broken::TimeoutIsAck) => args.deadline.min(Duration::from_millis(20)),
             _ => args.deadline,
         };
-        let shape = Shape { pages, devices, slots, deadline, seed, rule: args.rule };
+        let shape = Shape { pages, devices, slots, deadline, seed, rule: args.rule, limits: args.limits() };
         let vmm = Arc::new(Vmm::new(&places, shared, shape)?);
 
         let mut host = start_host_agent(args, &places, &sockets, Start::Alone)?;

@@ -45,8 +45,7 @@ pub struct Verdict {
     /// The longest round, as the host agent measured it, without the time for which it was stopped itself;
     /// in milliseconds.
     pub longest_round_ms: f64,
-    /// The longest without the time in which one of the host agent's threads, the one that waited longest, waited for a
-    /// processor; in milliseconds.
+    /// The longest without the time in which the host agent's threads waited for a processor, in milliseconds.
     pub longest_running_ms: f64,
     /// T_ack and T_fence together, in milliseconds.
     pub bound_ms: f64,

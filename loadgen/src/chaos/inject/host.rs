@@ -7,13 +7,16 @@ use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use shootdown_proto::v1::Verdict;
+use shootdown_proto::v1::notifier_service_client::NotifierServiceClient;
 use tokio::sync::MutexGuard;
+use tonic::transport::Channel;
 
 use super::{Field, InjectError, TICK, between};
 use crate::chaos::plan::{Broken, FaultKind};
 use crate::chaos::process::{Process, Start, remove_journal, start_host_agent};
 use crate::chaos::shared::Status;
 use crate::chaos::vmm::Before;
+use crate::chaos::vmm::Probed;
 
 /// How long a host agent has to end when it is asked to, or finds that it was replaced.
 const END: Duration = Duration::from_secs(10);
@@ -98,11 +101,12 @@ impl Field {
 
     async fn stop_for(&self, host: &Process, time: Duration) -> Result<(), InjectError> {
         let rounds = self.vmm.ledger.lock().rounds;
-        self.vmm.on_host_stopped();
+        // It excuses rounds, so it is told of no earlier than it is so, and no longer.
         host.stop().await?;
+        self.vmm.on_host_stopped();
         tokio::time::sleep(time).await;
+        self.vmm.on_host_goes_on();
         host.go_on()?;
-        self.vmm.on_host_went_on();
         let over = self.a_round_is_over(rounds).await;
         self.outcome(FaultKind::HostStop, if over { "went on" } else { "did not come back" });
         Ok(())
@@ -114,19 +118,20 @@ impl Field {
         // It has answered on it: the connection is its own, and not one that waits for its successor.
         let mut connection = self.vmm.connect().await;
         let known = match &mut connection {
-            Some(connection) => self.vmm.probe(connection).await,
+            Some(connection) => self.known_on(connection).await,
             None => None,
         };
-        self.vmm.on_host_stopped();
         host.stop().await?;
+        self.vmm.on_host_stopped();
         tokio::time::sleep(self.past_the_lease() + self.args.ack_timeout).await;
         let rounds = self.vmm.ledger.lock().rounds;
+        // What the old one says of its rounds is passed over from here on: whether it stands still is all the same.
+        self.vmm.on_host_goes_on();
         let successor = start_host_agent(&self.args, &self.places, &self.sockets, Start::TakeOver)?;
         let mut old = std::mem::replace(host, successor);
-        // What the old one says of its rounds is passed over from here on: whether it stands still is all the same.
-        self.vmm.on_host_went_on();
         self.vmm.on_host_started(host, Before::Nothing);
         let over = self.a_round_is_over(rounds).await;
+        self.vmm.on_replaced_goes_on();
         old.go_on()?;
         if !over {
             self.outcome(kind, "the successor did not work");
@@ -140,6 +145,9 @@ impl Field {
             None => None,
         };
         let ended = old.ended(END).await.is_some();
+        if ended {
+            self.vmm.on_replaced_ended();
+        }
         match asked {
             None => self.outcome(kind, "was not asked"),
             // It had closed the connection, and the successor took the next one.
@@ -156,6 +164,20 @@ impl Field {
         Ok(())
     }
 
+    /// What it says of itself, as soon as it says something: while a device of an earlier run is waited for and the
+    /// quarantine is full, it refuses.
+    async fn known_on(&self, connection: &mut NotifierServiceClient<Channel>) -> Option<Probed> {
+        let asked = async {
+            loop {
+                if let Some(known) = self.vmm.probe(connection).await {
+                    return known;
+                }
+                tokio::time::sleep(TICK).await;
+            }
+        };
+        tokio::time::timeout(self.past_the_lease() + self.args.ack_timeout, asked).await.ok()
+    }
+
     /// Asks it to end, and starts the next, while no other fault is under way.
     async fn restart(&self, host: &mut Process) -> Result<(), InjectError> {
         let kind = FaultKind::HostRestart;
@@ -163,26 +185,26 @@ impl Field {
         for slot in &self.devices {
             held.push(slot.process.lock().await);
         }
-        let before = self.statuses()?;
+        let were = self.statuses()?;
         let rounds = self.vmm.ledger.lock().rounds;
         host.ask_to_end()?;
-        let mut ended = Before::PlannedEnd;
+        let mut before = Before::PlannedEnd;
         if host.ended(END).await.is_none() {
             self.outcome(kind, "did not end");
             host.kill().await?;
-            ended = Before::Nothing;
+            before = Before::Nothing;
         }
         *host = start_host_agent(&self.args, &self.places, &self.sockets, Start::Alone)?;
-        self.vmm.on_host_started(host, ended);
+        self.vmm.on_host_started(host, before);
         if !self.a_round_is_over(rounds).await {
             self.outcome(kind, "did not come back");
             return Ok(());
         }
         let started = self.vmm.clock.now();
-        for (device, before) in before.iter().enumerate() {
+        for (device, was) in were.iter().enumerate() {
             let after = self.recovered(device, started).await?;
             let same = after.is_some_and(|after| {
-                before.session != 0 && (after.session, after.flushes) == (before.session, before.flushes)
+                was.session != 0 && (after.session, after.flushes) == (was.session, was.flushes)
             });
             self.outcome(kind, if same { "resumed" } else { "flushed" });
         }

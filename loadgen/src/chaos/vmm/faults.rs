@@ -34,7 +34,7 @@ pub(crate) async fn serve(vmm: Arc<Vmm>) -> Result<(), VmmError> {
         loop {
             let known = *vmm.address_space.borrow() != 0;
             if !known || matches!(answer(&vmm).await?, Ended::Unknown) {
-                // Before it is registered: what is answered from then on is of another life.
+                // Before it is registered: whoever answers from then on knows of no call before.
                 vmm.on_forgotten();
                 register(&vmm).await?;
             }

@@ -3,6 +3,7 @@
 
 mod memory;
 mod ledger;
+mod room;
 mod call;
 mod faults;
 mod moves;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shootdown_client::{Clock, Moment};
+use shootdown_client::Clock;
 use shootdown_proto::error::Reason;
 use shootdown_proto::v1;
 use shootdown_proto::v1::notifier_service_client::NotifierServiceClient;
@@ -21,13 +22,14 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 
 use super::content::Frames;
-use super::plan::{Broken, Places};
+use super::plan::{Broken, Limits, Places};
 use super::process::Process;
 use super::shared::{Shared, tell};
 use super::stall::StallWatch;
 use crate::check::table::TableError;
 use ledger::HostView;
 use memory::Memory;
+use room::Room;
 
 pub(crate) use faults::serve;
 pub(crate) use ledger::Ledger;
@@ -78,6 +80,7 @@ pub(crate) struct Vmm {
     shape: Shape,
     client: NotifierServiceClient<Channel>,
     memory: Mutex<Memory>,
+    room: Room,
     frames: Frames,
     address_space: watch::Sender<u64>,
     moving: CancellationToken,
@@ -94,6 +97,8 @@ pub(crate) struct Shape {
     pub(crate) deadline: Duration,
     pub(crate) seed: u64,
     pub(crate) rule: Option<Broken>,
+    /// What the host agent has room for; `None`: for more than there can be.
+    pub(crate) limits: Option<Limits>,
 }
 
 /// What a host agent that is started knows of the one before.
@@ -101,7 +106,8 @@ pub(crate) struct Shape {
 pub(crate) enum Before {
     /// There was none, or it crashed, or was taken over from.
     Nothing,
-    /// It goes on where that one stopped; if it does not know the address space either, it says so.
+    /// It goes on where that one stopped: to its callers it is the same one. If it does not know the address space it
+    /// says so.
     PlannedEnd,
 }
 
@@ -133,6 +139,7 @@ impl Vmm {
             shape,
             client: NotifierServiceClient::new(endpoint.connect_lazy()),
             memory: Mutex::new(memory),
+            room: Room::new(shape.limits),
             frames,
             address_space: watch::Sender::new(0),
             moving: CancellationToken::new(),
@@ -168,20 +175,29 @@ impl Vmm {
 
     /// The host agent knows nothing of the calls before.
     fn on_forgotten(&self) {
-        self.host.lock().lives += 1;
+        self.host.lock().on_forgotten();
     }
 
-    /// A host agent stands still from now on, or goes on.
+    /// A host agent has stopped, and stands still from now on.
     pub(crate) fn on_host_stopped(&self) {
         let now = self.clock.now();
-        self.host.lock().stops.push((now, None));
+        self.host.lock().on_stopped(now);
     }
 
-    pub(crate) fn on_host_went_on(&self) {
+    /// It is about to go on, or it is replaced.
+    pub(crate) fn on_host_goes_on(&self) {
         let now = self.clock.now();
-        if let Some((_, until)) = self.host.lock().stops.last_mut() {
-            *until = Some(now);
-        }
+        self.host.lock().on_went_on(now);
+    }
+
+    /// A host agent that was replaced goes on beside its successor.
+    pub(crate) fn on_replaced_goes_on(&self) {
+        self.host.lock().on_replaced_goes_on();
+    }
+
+    /// And has ended.
+    pub(crate) fn on_replaced_ended(&self) {
+        self.host.lock().on_replaced_ended();
     }
 
     /// The longest that the machine kept this process from running.
@@ -189,32 +205,30 @@ impl Vmm {
         self.stalls.longest()
     }
 
-    /// How long the host agent stood still in this time.
-    fn stood_still(&self, from: Moment, to: Moment) -> Duration {
-        let host = self.host.lock();
-        let within = |(began, ended): &(Moment, Option<Moment>)| {
-            let (began, ended) = ((*began).max(from), ended.unwrap_or(to).min(to));
-            if ended > began { ended.since(began) } else { Duration::ZERO }
-        };
-        host.stops.iter().map(within).sum()
-    }
-
     fn found(&self, what: &str) -> io::Result<()> {
         let at = self.clock.now().as_nanos();
         tell(&self.places.findings(), &format!("{at} host: {what}"))
     }
 
-    /// Invalidates a range that nobody has on a connection of its own; `None`: there was no answer, or a
-    /// refusal.
+    /// Asks for a range that nobody has, on a connection of its own, without waiting for anybody: so that it is not
+    /// for want of room that it is refused. `None`: there was no answer, or a refusal.
     pub(crate) async fn probe(&self, client: &mut NotifierServiceClient<Channel>) -> Option<Probed> {
-        let request = v1::InvalidatePageRequest {
-            address_space_id: *self.address_space.borrow(),
-            address: 0x1000,
+        let address_space_id = *self.address_space.borrow();
+        let request = v1::InvalidateRangeStartRequest {
+            address_space_id,
+            range: Some(v1::AddressRange { start: 0x1000, end: 0x2000, all: false }),
             cause: v1::Cause::Migrate.into(),
-            deadline_ms: Some(100),
-            ..v1::InvalidatePageRequest::default()
+            non_blockable: true,
+            ..v1::InvalidateRangeStartRequest::default()
         };
-        let result = client.invalidate_page(request).await.ok()?.into_inner().result?;
+        let result = client.invalidate_range_start(request).await.ok()?.into_inner().result?;
+        if result.seq != 0 {
+            let (seq, host_incarnation) = (result.seq, result.host_incarnation);
+            let request_id = String::new();
+            let end = v1::InvalidateRangeEndRequest { address_space_id, seq, host_incarnation, request_id };
+            // Nobody has the range: a bracket that stays for want of an answer holds nobody up.
+            drop(client.invalidate_range_end(end).await);
+        }
         Some(Probed { host_incarnation: result.host_incarnation, verdict: result.verdict() })
     }
 
@@ -229,3 +243,6 @@ impl Vmm {
 fn reason(status: &tonic::Status) -> Option<Reason> {
     Reason::of_status(status)
 }
+
+#[cfg(test)]
+mod tests;

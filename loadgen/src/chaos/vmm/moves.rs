@@ -113,7 +113,7 @@ impl Vmm {
     }
 
     /// Closes the bracket. One that its host agent does not know any more is closed.
-    async fn end(
+    pub(super) async fn end(
         &self,
         start: &v1::InvalidateRangeStartRequest,
         started: &RoundResult,

@@ -452,6 +452,13 @@ impl<T> Session<T> {
         fenced_at.into_iter().chain(overdue_at).chain(asked_at).min()
     }
 
+    /// Whether a tick would find that the device owes an ack for too long. Who does not know whether all was applied
+    /// that it has said looks at that first; the end of its lease does not wait for it.
+    #[must_use]
+    pub fn is_in_doubt(&self, now: Moment) -> bool {
+        self.phase == Phase::Live && self.is_overdue(now) && !self.has_outlived_its_lease(now)
+    }
+
     /// Whether there is reason to cut the device off by force: it owes something for longer than `T_ack`; or
     /// its stream is gone, and so is a lease whose end proves nothing.
     #[must_use]

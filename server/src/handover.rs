@@ -53,7 +53,8 @@ pub(crate) async fn quiet(host: &Host) {
     // Released before is released.
     let released = mortal.map(|space| async { drop(host.release(space.id).await) });
     futures_util::future::join_all(released).await;
-    while host.rounds_in_flight() > 0 || host.registry().list().iter().any(|session| !session.is_quiet()) {
+    let is_busy = || host.rounds_in_flight() > 0 || host.releases().is_any_untold();
+    while is_busy() || host.registry().list().iter().any(|session| !session.is_quiet()) {
         tokio::time::sleep(LOOK).await;
     }
 }
@@ -62,7 +63,7 @@ pub(crate) async fn quiet(host: &Host) {
 pub(crate) fn record(host: &Host) -> Drained {
     let spaces = host.directory().list();
     let calls = MOST_CALLS / spaces.len().max(1);
-    let spaces: Vec<DrainedSpace> = spaces.iter().filter_map(|space| drained(host, space, calls)).collect();
+    let spaces: Vec<DrainedSpace> = spaces.iter().filter_map(|space| drained(space, calls)).collect();
     let known: HashSet<AddressSpaceId> = spaces.iter().map(|space| space.id).collect();
     let left_out: HashSet<SessionId> = host.restart().survivors().ids().into_iter().collect();
     let sessions = host.registry().list();
@@ -76,12 +77,14 @@ pub(crate) fn record(host: &Host) -> Drained {
         address_spaces = spaces.len(),
         "a successor may go on with these"
     );
-    Drained { boot_id: Clock::id(), sessions, spaces, released: host.releases().done() }
+    let is_left_out = |id| host.directory().get(id).is_some() && !known.contains(&id);
+    let registered = host.registrations().to_try_again(is_left_out);
+    Drained { boot_id: Clock::id(), sessions, spaces, registered, released: host.releases().done() }
 }
 
 /// An address space whose source outlives this process, unless a round of it is not complete: the next run
 /// could not tell whether it ever was. With the outcome of the latest `calls` that are over.
-fn drained(host: &Host, space: &AddressSpace, calls: usize) -> Option<DrainedSpace> {
+fn drained(space: &AddressSpace, calls: usize) -> Option<DrainedSpace> {
     if space.source.source() != rpc::NAME || space.rounds_in_flight() > 0 {
         return None;
     }
@@ -103,7 +106,6 @@ fn drained(host: &Host, space: &AddressSpace, calls: usize) -> Option<DrainedSpa
         name: space.name.clone(),
         strictness: space.strictness,
         last_seq: order.gate.last_seq(),
-        registered: host.registrations().of(space.id),
         began_after: space.began_after,
         over,
         open_brackets: order.gate.brackets().filter_map(bracket).collect(),
@@ -113,13 +115,16 @@ fn drained(host: &Host, space: &AddressSpace, calls: usize) -> Option<DrainedSpa
 /// Goes on where the run before stopped.
 pub(crate) fn begin(host: &Host, drained: Drained, shard: &Shard) {
     // Of this boot: the journal keeps no other.
-    let Drained { boot_id: _, sessions, spaces, released } = drained;
+    let Drained { boot_id: _, sessions, spaces, registered, released } = drained;
     tracing::info!(
         sessions = sessions.len(),
         address_spaces = spaces.len(),
         incarnation = host.incarnation().get(),
         "goes on with what a planned end left"
     );
+    for registered in registered {
+        host.registrations().restore(registered);
+    }
     for released in released {
         host.releases().restore(released.address_space, released.call, quiesced_before(host, released.seq));
     }
@@ -202,11 +207,7 @@ fn resumable(host: &Host, session: &DrainedSession, shard: &Shard) -> SessionHan
 }
 
 fn restored(host: &Host, drained: DrainedSpace, most_rounds: usize) -> AddressSpace {
-    let DrainedSpace { id, name, strictness, last_seq, began_after, open_brackets, over, registered } =
-        drained;
-    if let Some((call, asked)) = registered {
-        host.registrations().restore(call, asked, id);
-    }
+    let DrainedSpace { id, name, strictness, last_seq, began_after, open_brackets, over } = drained;
     let source = RpcSource::new(host.source_fault_timeout());
     let run = (host.clock(), host.incarnation());
     let gate =

@@ -291,8 +291,13 @@ fn find_vanished(stream: &tokio::net::TcpStream, patience: Duration) -> io::Resu
     sockopt::set_tcp_keepintvl(stream, TCP_PROBE)?;
     sockopt::set_tcp_keepcnt(stream, TCP_PROBES)?;
     let unacknowledged = (TCP_IDLE + TCP_PROBE * TCP_PROBES).max(patience);
-    sockopt::set_tcp_user_timeout(stream, u32::try_from(unacknowledged.as_millis()).unwrap_or(u32::MAX))?;
+    sockopt::set_tcp_user_timeout(stream, longest_that_fits(unacknowledged))?;
     Ok(())
+}
+
+/// In milliseconds. The kernel takes it for a signed number (`tcp_sock_set_user_timeout`), 24 days at most.
+fn longest_that_fits(unacknowledged: Duration) -> u32 {
+    u32::try_from(unacknowledged.as_millis()).unwrap_or(u32::MAX).min(i32::MAX.unsigned_abs())
 }
 
 /// A connection on a shard.
@@ -409,7 +414,7 @@ mod tests {
     async fn the_kernel_asks_a_silent_tcp_peer_whether_it_is_there_and_gives_up_one_that_is_not() {
         use rustix::net::sockopt;
         // With a lease that is over before the kernel's first question, and with one that is not for long.
-        for (patience, given_up) in [(6, 16_000), (61, 61_000)] {
+        for (patience, given_up) in [(6, 16_000), (61, 61_000), (30 * 86_400, 2_147_483_647)] {
             let bound =
                 Listener::bind(&"127.0.0.1:0".parse().unwrap(), false, Takeover::Never).unwrap().remove(0);
             let ListenAddr::Tcp(address) = bound.address().unwrap() else { panic!("it is TCP") };

@@ -12,6 +12,8 @@ use tokio_util::sync::CancellationToken;
 use crate::completion::WaitingRound;
 use crate::directory::AddressSpace;
 use crate::host::Host;
+use crate::session::SessionHandle;
+use crate::session::doubt::{self, Tick};
 
 /// Deadlines are looked at this many times in the shorter of T_ack and the lease, so that one is
 /// noticed at most an eighth late. A timer for each notice would cost more than all it watches.
@@ -38,10 +40,16 @@ pub(crate) async fn run(host: Host, stop: CancellationToken) {
                 if !host.is_current() {
                     return;
                 }
-                host.registry().list().iter().for_each(|session| session.on_tick());
+                host.registry().list().iter().for_each(|session| tick(&host, session));
             }
             _ = looks.tick() => host.directory().list().iter().for_each(|space| look(&host, space)),
         }
+    }
+}
+
+fn tick(host: &Host, session: &Arc<SessionHandle>) {
+    if session.on_tick() == Tick::InDoubt {
+        drop(host.tasks().spawn_on(doubt::settle(Arc::clone(session)), &session.shard.runtime));
     }
 }
 

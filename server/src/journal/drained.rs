@@ -11,10 +11,10 @@ use shootdown_proto::message::{CallId, RequestId};
 
 use super::calls;
 use super::record::{self, Nonsense, SessionRecord};
-use crate::source::Strictness;
-use crate::source::rpc::registrations::ToRegister;
+use crate::source::rpc::registrations::{Registered, ToRegister};
 use crate::source::rpc::releases::Released;
 use crate::source::rpc::retries::{MayWait, Over};
+use crate::source::{NotifyError, Strictness};
 
 /// The last record of a run that ended as planned.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub(crate) struct Drained {
     pub(crate) boot_id: String,
     pub(crate) sessions: Vec<DrainedSession>,
     pub(crate) spaces: Vec<DrainedSpace>,
+    /// Registrations that may be tried again, the oldest first.
+    pub(crate) registered: Vec<Registered>,
     /// Releases that may be tried again.
     pub(crate) released: Vec<Released>,
 }
@@ -64,8 +66,6 @@ pub(crate) struct DrainedSpace {
     pub(crate) began_after: Option<Seq>,
     /// Brackets whose rounds are complete, and which their callers have not ended.
     pub(crate) open_brackets: Vec<DrainedBracket>,
-    /// The call that registered it, and what it asked for.
-    pub(crate) registered: Option<(CallId, ToRegister)>,
     /// Calls that are over, and may be tried again; the oldest first.
     pub(crate) over: Vec<(CallId, Over)>,
 }
@@ -97,6 +97,8 @@ pub(super) mod wire {
         pub(in crate::journal) spaces: Vec<Space>,
         #[prost(message, repeated, tag = "4")]
         pub(in crate::journal) released: Vec<Released>,
+        #[prost(message, repeated, tag = "5")]
+        pub(in crate::journal) registered: Vec<Registered>,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -157,8 +159,6 @@ pub(super) mod wire {
         pub(in crate::journal) open_brackets: Vec<Bracket>,
         #[prost(bool, tag = "5")]
         pub(in crate::journal) strict: bool,
-        #[prost(message, optional, tag = "7")]
-        pub(in crate::journal) registered: Option<Registered>,
         /// 0: none.
         #[prost(uint64, tag = "8")]
         pub(in crate::journal) began_after: u64,
@@ -172,9 +172,22 @@ pub(super) mod wire {
         pub(in crate::journal) request_id: String,
         #[prost(string, tag = "2")]
         pub(in crate::journal) name: String,
-        /// Under the name of an earlier run.
         #[prost(bool, tag = "3")]
-        pub(in crate::journal) taken_back: bool,
+        pub(in crate::journal) strict: bool,
+        /// The name of an earlier run. 0: none.
+        #[prost(uint64, tag = "4")]
+        pub(in crate::journal) taken_back: u64,
+        #[prost(oneof = "Became", tags = "5, 6")]
+        pub(in crate::journal) became: Option<Became>,
+    }
+
+    #[derive(Clone, Copy, PartialEq, prost::Oneof)]
+    pub(in crate::journal) enum Became {
+        #[prost(uint64, tag = "5")]
+        AddressSpace(u64),
+        /// How many there may be.
+        #[prost(uint64, tag = "6")]
+        Quota(u64),
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -203,6 +216,7 @@ impl From<&Drained> for wire::Drained {
             sessions: drained.sessions.iter().map(wire_session).collect(),
             spaces: drained.spaces.iter().map(wire_space).collect(),
             released: drained.released.iter().map(wire_released).collect(),
+            registered: drained.registered.iter().filter_map(wire_registered).collect(),
         }
     }
 }
@@ -213,6 +227,41 @@ fn wire_released(released: &Released) -> wire::Released {
         request_id: released.call.to_string(),
         seq: released.seq.map_or(0, Seq::get),
     }
+}
+
+/// `None` where it was refused for a reason that is not remembered.
+fn wire_registered((call, asked, outcome): &Registered) -> Option<wire::Registered> {
+    let became = match outcome {
+        Ok(id) => wire::Became::AddressSpace(id.get()),
+        Err(NotifyError::TooManyAddressSpaces { most }) => {
+            wire::Became::Quota(u64::try_from(*most).unwrap_or(u64::MAX))
+        }
+        Err(_) => return None,
+    };
+    Some(wire::Registered {
+        request_id: call.to_string(),
+        name: asked.name.clone(),
+        strict: asked.strictness == Strictness::Strict,
+        taken_back: asked.taken_back.map_or(0, AddressSpaceId::get),
+        became: Some(became),
+    })
+}
+
+fn registered(registered: wire::Registered) -> Result<Registered, Nonsense> {
+    let call = convert::call_id(&registered.request_id).map_err(|_| Nonsense)?.ok_or(Nonsense)?;
+    let outcome = match registered.became.ok_or(Nonsense)? {
+        wire::Became::AddressSpace(id) => Ok(AddressSpaceId::new(id).ok_or(Nonsense)?),
+        wire::Became::Quota(most) => {
+            let most = usize::try_from(most).map_err(|_| Nonsense)?;
+            Err(NotifyError::TooManyAddressSpaces { most })
+        }
+    };
+    let asked = ToRegister {
+        name: registered.name,
+        strictness: if registered.strict { Strictness::Strict } else { Strictness::Lenient },
+        taken_back: AddressSpaceId::new(registered.taken_back),
+    };
+    Ok((call, asked, outcome))
 }
 
 fn wire_session(session: &DrainedSession) -> wire::Session {
@@ -247,11 +296,6 @@ fn wire_space(space: &DrainedSpace) -> wire::Space {
         request_id: bracket.start.as_ref().map_or_else(String::new, |(id, _)| id.to_string()),
         non_blockable: bracket.start.as_ref().is_some_and(|(_, may_wait)| *may_wait == MayWait::No),
     };
-    let registered = |(call, asked): &(CallId, ToRegister)| wire::Registered {
-        request_id: call.to_string(),
-        name: asked.name.clone(),
-        taken_back: asked.taken_back.is_some(),
-    };
     wire::Space {
         id: space.id.get(),
         name: space.name.clone(),
@@ -260,7 +304,6 @@ fn wire_space(space: &DrainedSpace) -> wire::Space {
         open_brackets: space.open_brackets.iter().map(bracket).collect(),
         strict: space.strictness == Strictness::Strict,
         over: space.over.iter().filter_map(calls::wire_call).collect(),
-        registered: space.registered.as_ref().map(registered),
     }
 }
 
@@ -273,6 +316,7 @@ impl TryFrom<wire::Drained> for Drained {
             sessions: drained.sessions.into_iter().map(session).collect::<Result<_, _>>()?,
             spaces: drained.spaces.into_iter().map(space).collect::<Result<_, _>>()?,
             released: drained.released.iter().map(released).collect::<Result<_, _>>()?,
+            registered: drained.registered.into_iter().map(registered).collect::<Result<_, _>>()?,
         })
     }
 }
@@ -323,11 +367,6 @@ fn space(space: wire::Space) -> Result<DrainedSpace, Nonsense> {
     };
     let id = AddressSpaceId::new(space.id).ok_or(Nonsense)?;
     let strictness = if space.strict { Strictness::Strict } else { Strictness::Lenient };
-    let registered = |registered: wire::Registered| {
-        let call = convert::call_id(&registered.request_id).map_err(|_| Nonsense)?.ok_or(Nonsense)?;
-        let taken_back = registered.taken_back.then_some(id);
-        Ok((call, ToRegister { name: registered.name, strictness, taken_back }))
-    };
     Ok(DrainedSpace {
         id,
         name: space.name,
@@ -335,7 +374,6 @@ fn space(space: wire::Space) -> Result<DrainedSpace, Nonsense> {
         began_after: Seq::new(space.began_after),
         open_brackets: space.open_brackets.into_iter().map(bracket).collect::<Result<_, _>>()?,
         strictness,
-        registered: space.registered.map(registered).transpose()?,
         over: space.over.into_iter().map(|over| calls::call(over, id)).collect::<Result<_, _>>()?,
     })
 }

@@ -127,11 +127,14 @@ fn drained() -> Drained {
             }],
             strictness: Strictness::Strict,
             over: over(),
-            registered: convert::call_id("register-1").unwrap().map(|call| {
-                let (name, taken_back) = ("vm".to_owned(), AddressSpaceId::new(4));
-                (call, ToRegister { name, strictness: Strictness::Strict, taken_back })
-            }),
         }],
+        registered: [Ok(AddressSpaceId::FIRST), Err(NotifyError::TooManyAddressSpaces { most: 3 })]
+            .map(|outcome| {
+                let call = convert::call_id("register-1").unwrap().unwrap();
+                let (name, taken_back) = ("vm".to_owned(), AddressSpaceId::new(4));
+                (call, ToRegister { name, strictness: Strictness::Strict, taken_back }, outcome)
+            })
+            .into(),
         released: vec![Released {
             address_space: AddressSpaceId::new(5).unwrap(),
             call: convert::call_id("release-1").unwrap().unwrap(),

@@ -18,6 +18,7 @@ pub(crate) mod task;
 pub(crate) mod fault;
 mod subscription;
 mod silence;
+pub(crate) mod doubt;
 pub(crate) mod restored;
 
 use std::collections::{HashMap, VecDeque};
@@ -37,6 +38,7 @@ use shootdown_proto::message::{HostSays, RequestId, SessionError};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use self::doubt::Tick;
 use self::handshake::Earlier;
 use self::silence::{Hearing, Silence};
 use crate::clock::Clock;
@@ -97,6 +99,8 @@ struct State {
     /// What says that the device holds nothing of its earlier sessions, until it is said.
     earlier: Earlier,
     silence: Silence,
+    /// Its shard was asked to look whether its ack has come: see [`doubt`].
+    is_in_doubt: bool,
 }
 
 /// Which of a session's streams, in the order of their Hellos.
@@ -349,16 +353,24 @@ impl SessionHandle {
     }
 
     /// Time passed; called for all sessions by the [`crate::watchdog`].
-    pub(crate) fn on_tick(&self) {
+    pub(crate) fn on_tick(&self) -> Tick {
         let now = self.clock.now();
-        let is_silent = self.with(now, |state, effects| {
-            state.session.on_tick(now, effects);
-            state.silence.is_too_long(&state.session, now)
+        let (tick, is_silent) = self.with(now, |state, effects| {
+            let tick = if state.session.is_in_doubt(now) {
+                // Once at a time: a shard that does not run is not asked more often than it can answer.
+                let is_asked = std::mem::replace(&mut state.is_in_doubt, true);
+                if is_asked { Tick::Done } else { Tick::InDoubt }
+            } else {
+                state.session.on_tick(now, effects);
+                Tick::Done
+            };
+            (tick, state.silence.is_too_long(&state.session, now))
         });
         if is_silent {
             tracing::trace!(session = self.id.get(), device = %self.device, "is anything heard of a device?");
             self.listen.notify_one();
         }
+        tick
     }
 
     /// Its task was asked to listen, and there was nothing to read on that stream.
@@ -552,6 +564,7 @@ impl State {
             ever_subscribed: false,
             earlier,
             silence: Silence::since(now),
+            is_in_doubt: false,
         }
     }
 

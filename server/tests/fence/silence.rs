@@ -14,13 +14,20 @@ use crate::common::{Agent, Device, connect_with, log, pages, soon, until};
 /// What the watchdog says whenever it asks a shard, what the shard says when it found nothing, and when that is enough.
 const ASKED: &str = "is anything heard of a device?";
 const IN_VAIN: &str = "a device said nothing for a whole lease";
+const SUSPECT: &str = "a device owes an ack for too long";
 const LOST: &str = "a device said nothing for a whole lease: its stream is taken for lost";
 
 /// With a fencer that leaves a line in `attempts` for each time it is asked.
 fn agent(attempts: &Path) -> Agent {
+    agent_on(attempts, 1)
+}
+
+/// The same with so many shards, to which connections go in turn.
+fn agent_on(attempts: &Path, shards: usize) -> Agent {
     let program =
         script(attempts.parent().unwrap(), "fence", &format!("echo >> {}; exit 1", attempts.display()));
     Agent::start_with(|config| {
+        config.shards = shards;
         config.host.session.ack_timeout = T_ACK;
         config.host.session.lease.duration = Duration::from_secs(1);
         config.host.session.lease.margin = Duration::from_millis(20);
@@ -145,4 +152,36 @@ async fn a_device_that_reads_slowly_is_heard_and_one_that_reads_nothing_is_lost_
     assert!(read < 4000, "it was not read by the host agent either, all the time: {read}");
     assert!(!lost("slow"));
     assert_eq!(phase_of(&agent, &slow).await, v1::SessionPhase::Live);
+}
+
+/// What it has said waits in a socket. Its fencer would cut a healthy device off.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ack_that_a_starved_shard_has_not_read_came_in_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let attempts = folder.path().join("attempts");
+    let agent = agent_on(&attempts, 2);
+    let space = agent.space();
+    let mut acks = agent.unbound_device("acks").await;
+    let mut owes = agent.unbound_device("owes").await;
+    acks.subscribe(space, pages(1, 1)).await;
+    owes.subscribe(space, pages(2, 1)).await;
+    let in_time = agent.round(space, pages(1, 1));
+    let notice = acks.notice().await.number;
+    let stands_still = log::stop("acks-starves", "session opened");
+    let mut other = Device::connect(&agent).await;
+    other.ask(Ask::Hello(Device::hello_of("acks-starves"))).await;
+    let opening = tokio::spawn(async move { other.next().await.map(drop) });
+    until(|| stands_still.is_reached()).await;
+    acks.ask(Ask::Ack(v1::Ack { through: notice, ..Default::default() })).await;
+    // A round that began later: by the time its device is suspect the other one would be.
+    let late = agent.round(space, pages(2, 1));
+    let late_notice = owes.notice().await.number;
+    until(|| !log::lines("owes", SUSPECT).is_empty()).await;
+    stands_still.release();
+    soon(opening).await.unwrap().unwrap();
+    assert!(soon(in_time).await.unwrap().is_quiesced());
+    acks.settled().await;
+    assert_eq!(log::lines("acks", SUSPECT).len(), 0);
+    owes.ack(late_notice).await;
+    assert!(soon(late).await.unwrap().is_quiesced());
 }

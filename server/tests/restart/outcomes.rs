@@ -234,3 +234,40 @@ async fn a_late_try_of_a_release_does_not_release_who_has_the_name_now() {
     assert_eq!(listed(&place).await.address_space_id, space);
     notifier.release_address_space(release(space, "second")).await.unwrap();
 }
+
+#[tokio::test]
+async fn a_late_try_of_a_registration_makes_no_address_space_after_a_planned_end() {
+    let place = Place::new();
+    let by_id = |name: &str| v1::RegisterAddressSpaceRequest {
+        name: name.to_owned(),
+        request_id: format!("register-{name}"),
+        ..Default::default()
+    };
+    let one = ["--max-address-spaces", "1"];
+    let first = place.start(&one);
+    let mut notifier = place.notifier().await;
+    let gone = notifier.register_address_space(by_id("gone")).await.unwrap().into_inner().address_space_id;
+    let full = notifier.register_address_space(by_id("full")).await.unwrap_err();
+    assert_eq!(Reason::of_status(&full), Some(Reason::AddressSpaceQuota));
+    let release = v1::ReleaseAddressSpaceRequest { address_space_id: gone, ..Default::default() };
+    notifier.release_address_space(release).await.unwrap();
+    let kept = notifier.register_address_space(by_id("kept")).await.unwrap().into_inner().address_space_id;
+    first.end_as_planned().await;
+
+    // Taken back by another call, whose name it is as well.
+    let second = place.start(&one);
+    let mut notifier = place.notifier().await;
+    let back = v1::RegisterAddressSpaceRequest { address_space_id: kept, ..by_id("back") };
+    notifier.register_address_space(back.clone()).await.unwrap();
+    second.end_as_planned().await;
+
+    let _third = place.start(&["--max-address-spaces", "9"]);
+    let mut notifier = place.notifier().await;
+    for (late, of) in [(by_id("gone"), gone), (by_id("kept"), kept), (back, kept)] {
+        let again = notifier.register_address_space(late).await.unwrap().into_inner();
+        assert_eq!(again.address_space_id, of);
+    }
+    let again = notifier.register_address_space(by_id("full")).await.unwrap_err();
+    assert_eq!((again.code(), again.message()), (full.code(), full.message()), "there is room now");
+    assert_eq!(place.address_spaces().await.len(), 1);
+}

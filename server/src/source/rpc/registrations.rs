@@ -25,6 +25,9 @@ pub(crate) struct ToRegister {
 /// A refusal is one for want of room: who is told so goes on without an address space, and no late try makes one.
 type Outcome = Result<AddressSpaceId, NotifyError>;
 
+/// A call, what it asked for, and what became of it.
+pub(crate) type Registered = (CallId, ToRegister, Outcome);
+
 /// Registrations by their ids.
 #[derive(Debug, Default)]
 pub(crate) struct Registrations {
@@ -60,16 +63,21 @@ impl Registrations {
         Ok(outcome)
     }
 
-    /// By which call an address space was registered.
-    pub(crate) fn of(&self, address_space: AddressSpaceId) -> Option<(CallId, ToRegister)> {
+    /// Those that may be tried again in the next run, the oldest first. Not of an address space that is left out: the
+    /// next run does not know it.
+    pub(crate) fn to_try_again(&self, is_left_out: impl Fn(AddressSpaceId) -> bool) -> Vec<Registered> {
         let table = self.table.lock();
-        let (call, (asked, _)) = table.by_call.iter().find(|(_, (_, made))| *made == Ok(address_space))?;
-        Some((call.clone(), asked.clone()))
+        let registered = |call: &CallId| {
+            let (asked, outcome) = table.by_call.get(call)?;
+            let is_left_out = outcome.as_ref().is_ok_and(|id| is_left_out(*id));
+            (!is_left_out).then(|| (call.clone(), asked.clone(), outcome.clone()))
+        };
+        table.kept.iter().filter_map(registered).collect()
     }
 
     /// A registration of the run before.
-    pub(crate) fn restore(&self, call: CallId, asked: ToRegister, address_space: AddressSpaceId) {
-        self.table.lock().keep(call, asked, Ok(address_space));
+    pub(crate) fn restore(&self, (call, asked, outcome): Registered) {
+        self.table.lock().keep(call, asked, outcome);
     }
 }
 

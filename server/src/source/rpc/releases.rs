@@ -110,6 +110,11 @@ impl Releases {
         Some(release)
     }
 
+    /// Whether one is under way of which nothing was told yet: its address space may have gone already.
+    pub(crate) fn is_any_untold(&self) -> bool {
+        self.table.lock().by_call.values().any(|release| release.outcome.borrow().is_none())
+    }
+
     /// Those that are complete, and may be tried again in the next run; the oldest first.
     pub(crate) fn done(&self) -> Vec<Released> {
         let released = |release: &Arc<Release>| {

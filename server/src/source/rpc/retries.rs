@@ -36,7 +36,7 @@ const MOST_KEPT: usize = 4096;
 /// The targets that they name, all together: about 40 MB.
 const MOST_TARGETS_KEPT: usize = 1 << 18;
 
-/// How many are looked at when one is added: more than one, so that a backlog of open ones goes away.
+/// How many of those that were open are looked at when one is added: more than one, so that a backlog goes away.
 const LOOKED_AT: usize = 4;
 
 /// The id was used before, for another request.
@@ -74,8 +74,12 @@ pub(crate) struct Retries {
 #[derive(Debug, Default)]
 struct Table {
     calls: HashMap<CallId, Known>,
-    /// Those that have an outcome, the oldest first, with the number of their targets.
+    /// Those that have an outcome, with the number of their targets. First those that were open when they were looked
+    /// at last: there are hardly more of them than the address space may have open brackets.
+    open: VecDeque<(CallId, usize)>,
+    /// Then those that are settled, the oldest first.
     kept: VecDeque<(CallId, usize)>,
+    /// Of those.
     targets: usize,
 }
 
@@ -190,7 +194,7 @@ impl Retries {
     pub(crate) fn to_try_again(&self, most: usize) -> ToTryAgain {
         let mut to_try_again = ToTryAgain::default();
         let table = self.table.lock();
-        for (id, _) in table.kept.iter().rev() {
+        for (id, _) in table.open.iter().rev().chain(table.kept.iter().rev()) {
             let over = match table.calls.get(id) {
                 Some(Known::Round { once, .. }) => match (once.asked, once.outcome.get()) {
                     (Asked::Start { may_wait, .. }, Some(Ok(Dispatched::Open(round))))
@@ -330,23 +334,29 @@ impl Drop for Try<'_> {
 }
 
 impl Table {
-    /// Remembers a call that took effect, and forgets old ones. One whose round waits, or whose bracket
-    /// its caller has not ended, is never forgotten: it goes to the back. There are no more of those than
-    /// the address space may have open brackets.
+    /// Remembers a call that has its outcome, and forgets old ones. One whose round waits, or whose bracket its caller
+    /// has not ended, is never forgotten, and is none of those that are counted.
     fn keep(&mut self, id: CallId, targets: usize) {
-        self.kept.push_back((id, targets));
-        self.targets += targets;
+        self.sort(id, targets);
         for _ in 0..LOOKED_AT {
-            if self.kept.len() <= MOST_KEPT && self.targets <= MOST_TARGETS_KEPT {
-                return;
-            }
+            let Some((id, targets)) = self.open.pop_front() else { break };
+            self.sort(id, targets);
+        }
+        while self.kept.len() > MOST_KEPT || self.targets > MOST_TARGETS_KEPT {
             let Some((id, targets)) = self.kept.pop_front() else { return };
-            if self.calls.get(&id).is_some_and(Known::is_open) {
+            self.calls.remove(&id);
+            self.targets -= targets;
+        }
+    }
+
+    fn sort(&mut self, id: CallId, targets: usize) {
+        match self.calls.get(&id) {
+            Some(known) if known.is_open() => self.open.push_back((id, targets)),
+            Some(_) => {
                 self.kept.push_back((id, targets));
-            } else {
-                self.calls.remove(&id);
-                self.targets -= targets;
+                self.targets += targets;
             }
+            None => {}
         }
     }
 }

@@ -63,24 +63,41 @@ async fn outcomes_are_kept_in_a_bounded_number_and_open_ones_as_long_as_they_are
     let bench = Bench::new();
     let open = bench.start("open").await;
     let oldest = bench.page("oldest").await;
-    for call in 0..MOST_KEPT - 2 {
+    for call in 0..MOST_KEPT - 1 {
         bench.page(&call.to_string()).await;
     }
     assert_eq!(bench.page("oldest").await, oldest, "as many as are kept");
     bench.page("one more").await;
-    assert_eq!(bench.known(), MOST_KEPT);
+    assert_eq!(bench.known(), MOST_KEPT + 1, "and the open one");
     assert_ne!(bench.page("oldest").await, oldest, "forgotten, and done anew");
     for call in 0..3 * MOST_KEPT {
         bench.page(&format!("later {call}")).await;
     }
     assert_eq!(bench.start("open").await, open);
-    assert_eq!(bench.known(), MOST_KEPT);
+    assert_eq!(bench.known(), MOST_KEPT + 1);
     // It is one of the others when it has ended.
     bench.host.invalidate_range_end(bench.space, open).unwrap();
     for call in 0..2 * MOST_KEPT {
         bench.page(&format!("last {call}")).await;
     }
     assert_ne!(bench.start("open").await, open);
+}
+
+/// However many are open: that is when callers try again.
+#[tokio::test]
+async fn what_is_over_is_not_forgotten_for_what_is_open() {
+    let bench = Bench::new();
+    let settled = bench.start("settled").await;
+    bench.host.invalidate_range_end(bench.space, settled).unwrap();
+    for call in 0..2 * MOST_KEPT {
+        bench.start(&format!("open {call}")).await;
+    }
+    for call in 0..MOST_KEPT - 1 {
+        bench.page(&call.to_string()).await;
+    }
+    assert_eq!(bench.start("settled").await, settled, "another bracket would be nobody's");
+    bench.page("one more").await;
+    assert_ne!(bench.start("settled").await, settled, "as many later ones are over");
 }
 
 #[tokio::test]

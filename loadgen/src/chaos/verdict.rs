@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::inject::Tally;
+use super::inject::{RECOVERY, Tally};
 use super::plan::{Broken, FaultKind};
 use super::shared::{Counts, Status};
 use super::vmm::Ledger;
@@ -181,6 +181,9 @@ impl Ended {
         slow.extend(unfinished.iter().map(|what| format!("at the end, {what}")));
         let counted = if starved.is_some() { running } else { longest };
         let stalls = longest_stall > margin && counted <= limit + longest_stall * STALLS_A_ROUND;
+        // Where nothing goes on any more it was waited for so long that only stalls of that order explain it.
+        let stands_still = tally.not_recovered > 0 || !unfinished.is_empty();
+        let stalls = stalls && (!stands_still || longest_stall * STALLS_A_ROUND >= RECOVERY);
         let excused = stalls || slow.is_empty();
         let stalled = excused && (!slow.is_empty() || starved.is_some());
         let is_wrong = !wrong.is_empty() || (!excused && !not_found);
@@ -377,13 +380,18 @@ mod tests {
             |run| run.tally.not_recovered = 1,
             |run| run.unfinished.push("a device did not leave"),
         ];
-        for change in slow {
+        for (change, stall) in slow.into_iter().zip([101, 1875, 1875]) {
             let mut run = ended();
             change(&mut run);
-            run.longest_stall = Duration::from_millis(101);
+            run.longest_stall = Duration::from_millis(stall);
             let verdict = run.judge();
             assert!(!verdict.passed && !verdict.is_wrong() && verdict.has_shown_nothing(), "{verdict:?}");
-            assert!(verdict.failings.iter().any(|failing| failing.contains("101ms")), "{verdict:?}");
+            let said = format!("{:?}", Duration::from_millis(stall));
+            assert!(verdict.failings.iter().any(|failing| failing.contains(&said)), "{verdict:?}");
+            let mut run = ended();
+            change(&mut run);
+            run.longest_stall = Duration::from_millis(stall - 1);
+            assert!(run.judge().is_wrong() || stall == 101, "a hiccup does not explain that nothing works");
         }
         let mut run = ended();
         run.longest_stall = Duration::from_millis(101);

@@ -28,7 +28,7 @@ pub(crate) use host::run as host_lane;
 
 /// How long it may take until a device that was left alone has a session and a grant again, or until the
 /// next round is over.
-const RECOVERY: Duration = Duration::from_secs(15);
+pub(super) const RECOVERY: Duration = Duration::from_secs(15);
 
 /// How often is looked.
 const TICK: Duration = Duration::from_millis(5);

@@ -59,6 +59,8 @@ struct Call<'a> {
     request: &'a v1::InvalidateRangeStartRequest,
     place: Place<'a>,
     began: Moment,
+    /// Which life of the host agent it was started in at last, and since when: its round is no older.
+    life: (u64, Moment),
     /// How often it was started.
     tries: u64,
     /// A try may have waited for room at the host agent.
@@ -101,14 +103,18 @@ impl Vmm {
         random: &mut SmallRng,
     ) -> Result<Called, VmmError> {
         let (place, began) = (self.room.enter(pages_of(request)), self.clock.now());
-        let mut call = Call { request, place, began, tries: 0, may_have_waited: false, answers: Vec::new() };
+        let (may_have_waited, life, answers) = (false, (self.who_answers().0, began), Vec::new());
+        let mut call = Call { request, place, began, life, tries: 0, may_have_waited, answers };
         let (mut waiting, mut missed) = (None, false);
         loop {
+            let (life, before) = self.who_answers();
             if waiting.is_none() {
                 call.tries += 1;
+                if call.life.0 != life {
+                    (call.life, call.may_have_waited) = ((life, self.clock.now()), false);
+                }
                 call.may_have_waited |= call.place.may_have_to_wait();
             }
-            let (life, before) = self.who_answers();
             let result = match self.one_try(request, waiting).await? {
                 Tried::Told(result) => result,
                 Tried::NoRoom(reason) => {
@@ -238,19 +244,19 @@ impl Vmm {
 
     fn on_quiesced(&self, result: &RoundResult, call: &Call<'_>) {
         let (now, round) = (self.clock.now(), Duration::from_nanos(result.elapsed_ns));
-        let stopped = self.host.lock().stood_still(call.began, now);
+        let (_, since) = call.life;
+        let stopped = self.host.lock().stood_still(since, now);
         // Of that nobody knows which part was for room: the bound is that of the rest.
         let for_room = if call.may_have_waited { self.shape.deadline } else { Duration::ZERO };
-        let excused = |idle, until: Moment| {
-            round.saturating_sub(within_the_round(idle, until.since(call.began), round))
-        };
+        let excused =
+            |idle, until: Moment| round.saturating_sub(within_the_round(idle, until.since(since), round));
         let elapsed = excused(stopped, now).saturating_sub(for_room);
         // To ask costs more than most rounds do.
         let is_long = elapsed > Duration::from_nanos(self.ledger.lock().longest_running_ns);
         let running = if is_long {
             // Nobody waits for a processor while it stands still. The end is taken after the look: what was waited
             // until then was perhaps after the round.
-            let idle = stopped + self.stalls.waited_since(call.began);
+            let idle = stopped + self.stalls.waited_since(since);
             excused(idle, self.clock.now()).saturating_sub(for_room)
         } else {
             elapsed

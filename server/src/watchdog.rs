@@ -48,8 +48,11 @@ pub(crate) async fn run(host: Host, stop: CancellationToken) {
 }
 
 fn tick(host: &Host, session: &Arc<SessionHandle>) {
-    if session.on_tick() == Tick::InDoubt {
-        drop(host.tasks().spawn_on(doubt::settle(Arc::clone(session)), &session.shard.runtime));
+    match session.on_tick() {
+        Tick::Done => {}
+        Tick::InDoubt { on, reader } => {
+            drop(host.tasks().spawn_on(doubt::settle(Arc::clone(session), on), &reader));
+        }
     }
 }
 

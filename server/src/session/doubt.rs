@@ -6,28 +6,36 @@
 
 use std::sync::Arc;
 
-use super::SessionHandle;
+use tokio::runtime::Handle;
 
-/// Turns of a shard until what had come is read and applied. It looks at its sockets before the first is over; then the
+use super::{LineId, SessionHandle};
+
+/// Turns of a shard until what had come was read and applied. It looks at its sockets before the first is over; then the
 /// connection has its turn, then the session's task.
 const TURNS: usize = 3;
 
 /// What a tick comes to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Tick {
     Done,
-    /// It is to be made on the session's shard: see [`settle`].
-    InDoubt,
+    /// It is to be made where that stream is read: see [`settle`].
+    InDoubt {
+        on: LineId,
+        reader: Handle,
+    },
 }
 
-/// On the session's shard: reads what has come, and makes the tick then.
-pub(crate) async fn settle(handle: Arc<SessionHandle>) {
+/// On the runtime that reads the stream: reads what has come, and makes the tick then.
+pub(crate) async fn settle(handle: Arc<SessionHandle>, on: LineId) {
     for _ in 0..TURNS {
         tokio::task::yield_now().await;
     }
     let now = handle.clock.now();
     handle.with(now, |state, effects| {
-        state.is_in_doubt = false;
-        state.session.on_tick(now, effects);
+        // The device is on another stream by now: what was read of this one says nothing of that.
+        if state.line.id == on {
+            state.line.is_in_doubt = false;
+            state.session.on_tick(now, effects);
+        }
     });
 }

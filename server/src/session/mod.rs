@@ -35,6 +35,7 @@ use shootdown_core::{
 };
 use shootdown_proto::error::Reason;
 use shootdown_proto::message::{HostSays, RequestId, SessionError};
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -99,8 +100,6 @@ struct State {
     /// What says that the device holds nothing of its earlier sessions, until it is said.
     earlier: Earlier,
     silence: Silence,
-    /// Its shard was asked to look whether its ack has come: see [`doubt`].
-    is_in_doubt: bool,
 }
 
 /// Which of a session's streams, in the order of their Hellos.
@@ -127,6 +126,10 @@ struct Line {
     last_word: Option<SessionError>,
     closed: bool,
     stream: Option<Waker>,
+    /// Where it is read, once its task runs: after a resume another shard than that of the session's rounds.
+    reader: Option<Handle>,
+    /// Its reader was asked to look whether an ack has come: see [`doubt`].
+    is_in_doubt: bool,
     ends: LineEnds,
 }
 
@@ -148,6 +151,8 @@ impl Line {
             last_word: None,
             closed: false,
             stream: None,
+            reader: None,
+            is_in_doubt: false,
             ends: LineEnds { severed: CancellationToken::new(), replaced: CancellationToken::new() },
         }
     }
@@ -357,9 +362,16 @@ impl SessionHandle {
         let now = self.clock.now();
         let (tick, is_silent) = self.with(now, |state, effects| {
             let tick = if state.session.is_in_doubt(now) {
-                // Once at a time: a shard that does not run is not asked more often than it can answer.
-                let is_asked = std::mem::replace(&mut state.is_in_doubt, true);
-                if is_asked { Tick::Done } else { Tick::InDoubt }
+                let line = &mut state.line;
+                match &line.reader {
+                    // Once at a time: a shard that does not run is not asked more often than it can answer.
+                    Some(reader) if !line.is_in_doubt => {
+                        line.is_in_doubt = true;
+                        Tick::InDoubt { on: line.id, reader: reader.clone() }
+                    }
+                    // Nobody has read anything of it yet.
+                    Some(_) | None => Tick::Done,
+                }
             } else {
                 state.session.on_tick(now, effects);
                 Tick::Done
@@ -399,6 +411,14 @@ impl SessionHandle {
                 // The device may have come back on another by now.
                 self.sever(Some(on));
             }
+        }
+    }
+
+    /// The stream's task begins, on the runtime that reads it.
+    fn on_read_here(&self, line: LineId) {
+        let mut state = self.state.lock();
+        if state.line.id == line {
+            state.line.reader = Some(Handle::current());
         }
     }
 
@@ -564,7 +584,6 @@ impl State {
             ever_subscribed: false,
             earlier,
             silence: Silence::since(now),
-            is_in_doubt: false,
         }
     }
 

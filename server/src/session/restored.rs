@@ -60,7 +60,6 @@ impl SessionHandle {
                 // What it had said by then nobody knows any more. A fault says it, however it came to its session.
                 earlier: Earlier::UntilFault,
                 silence: Silence::since(lease_expires),
-                is_in_doubt: false,
             }
             .into(),
             accesses: RwLock::new(()),

@@ -42,6 +42,7 @@ pub(crate) async fn run(host: Host, opened: Opened, mut inbound: Streaming<v1::S
     // A copy: no lock for each word.
     let mut earlier = handle.earlier();
     let Some(ends) = handle.ends_of(line) else { return };
+    handle.on_read_here(line);
     let severed = ends.severed.clone().cancelled_owned();
     tokio::pin!(severed);
     while handle.is_up(line) {

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use shootdown_core::AddressSpaceId;
 use shootdown_proto::v1;
 use shootdown_proto::v1::session_request::Message as Ask;
 use shootdown_proto::v1::session_response::Message as Say;
@@ -158,30 +159,60 @@ async fn a_device_that_reads_slowly_is_heard_and_one_that_reads_nothing_is_lost_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ack_that_a_starved_shard_has_not_read_came_in_time() {
     let folder = tempfile::tempdir().unwrap();
-    let attempts = folder.path().join("attempts");
-    let agent = agent_on(&attempts, 2);
-    let space = agent.space();
+    let agent = agent_on(&folder.path().join("attempts"), 2);
     let mut acks = agent.unbound_device("acks").await;
-    let mut owes = agent.unbound_device("owes").await;
+    let space = agent.space();
     acks.subscribe(space, pages(1, 1)).await;
+    let owes = agent.unbound_device("owes").await;
+    acks_though_its_shard_stands(&agent, space, ("acks", acks), ("owes", owes), "acks-starves").await;
+}
+
+/// A session that was resumed is read where its new stream is, and not where it began.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ack_of_a_resumed_session_is_waited_for_on_the_shard_that_reads_it_now() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = agent_on(&folder.path().join("attempts"), 2);
+    let mut first = agent.unbound_device("moves").await;
+    let space = agent.space();
+    first.subscribe(space, pages(1, 1)).await;
+    let (session_id, host_incarnation) = (first.session, agent.incarnation());
+    let resume = v1::ResumePoint { session_id, host_incarnation, ..Default::default() };
+    first.cut();
+    let mut moves = Device::connect(&agent).await;
+    let capabilities = Some(v1::Capabilities { enforces_lease: false, change_pte: true });
+    let hello = v1::Hello { capabilities, resume: Some(resume), ..Device::hello_of("moves") };
+    assert_eq!(moves.welcomed(hello).await.session_id, session_id, "it is resumed");
+    let owes = agent.unbound_device("stays").await;
+    acks_though_its_shard_stands(&agent, space, ("moves", moves), ("stays", owes), "moves-starves").await;
+}
+
+/// `acks` has subscribed to page 1; the next connection is on its shard, and `owes` is on the other.
+async fn acks_though_its_shard_stands(
+    agent: &Agent,
+    space: AddressSpaceId,
+    (acks_name, mut acks): (&str, Device),
+    (owes_name, mut owes): (&str, Device),
+    starves: &'static str,
+) {
     owes.subscribe(space, pages(2, 1)).await;
     let in_time = agent.round(space, pages(1, 1));
     let notice = acks.notice().await.number;
-    let stands_still = log::stop("acks-starves", "session opened");
-    let mut other = Device::connect(&agent).await;
-    other.ask(Ask::Hello(Device::hello_of("acks-starves"))).await;
+    let stands_still = log::stop(starves, "session opened");
+    let mut other = Device::connect(agent).await;
+    other.ask(Ask::Hello(Device::hello_of(starves))).await;
     let opening = tokio::spawn(async move { other.next().await.map(drop) });
     until(|| stands_still.is_reached()).await;
     acks.ask(Ask::Ack(v1::Ack { through: notice, ..Default::default() })).await;
     // A round that began later: by the time its device is suspect the other one would be.
     let late = agent.round(space, pages(2, 1));
     let late_notice = owes.notice().await.number;
-    until(|| !log::lines("owes", SUSPECT).is_empty()).await;
+    until(|| !log::lines(owes_name, SUSPECT).is_empty()).await;
+    assert_eq!(log::lines(acks_name, SUSPECT).len(), 0);
     stands_still.release();
     soon(opening).await.unwrap().unwrap();
     assert!(soon(in_time).await.unwrap().is_quiesced());
     acks.settled().await;
-    assert_eq!(log::lines("acks", SUSPECT).len(), 0);
+    assert_eq!(log::lines(acks_name, SUSPECT).len(), 0);
     owes.ack(late_notice).await;
     assert!(soon(late).await.unwrap().is_quiesced());
 }
